@@ -1,0 +1,156 @@
+"""Elastic low-rank adapter: any linear-like module plus ``scale * B[:, :r] A[:r]``.
+
+Source: Hu et al. 2021 (LoRA); Munoz et al. 2024 (Shears, section 3.2: Neural Low-rank adapter
+Search): the sub-adapter of rank r uses the first r rows of A and the first r columns of B.
+
+Deviation from the reference code: the rank is set by the caller, never drawn inside forward.
+
+Shapes: `T` tokens, `I` in features, `O` out features, `R` largest rank, `r` active rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from elastune.errors import InvalidSpace, InvalidSubnet
+
+Scaling = Literal["alpha/r_max", "alpha/r", "rslora"]
+"""What multiplies B A: alpha over the largest rank (as in the papers, whatever rank is active),
+over the active rank, or over the square root of the active rank (Kalajdzievski 2023)."""
+
+SCALINGS: tuple[Scaling, ...] = ("alpha/r_max", "alpha/r", "rslora")
+
+
+class ElasticLoRALinear(nn.Module):
+    """A frozen base module with a low-rank adapter of switchable rank.
+
+    Args:
+        base: called as it is (dense, sparse, quantised); must have in_features and out_features.
+        rank: the largest rank R.
+        alpha: numerator of the scale.
+        dropout: probability of zeroing an input of the adapter in training.
+        scaling: see `Scaling`.
+
+    Raises:
+        InvalidSpace: a rank below 1, or an unknown scaling.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        scaling: Scaling = "alpha/r_max",
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise InvalidSpace(f"the largest rank must be at least 1, got {rank}")
+        if scaling not in SCALINGS:
+            raise InvalidSpace(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
+        self.base = base
+        self.in_features = int(base.in_features)  # type: ignore[arg-type]
+        self.out_features = int(base.out_features)  # type: ignore[arg-type]
+        self.max_rank = rank
+        self.alpha = float(alpha)
+        self.scaling = scaling
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else None
+        weight = next(base.parameters())
+        # Adapters of half-precision or quantised bases are kept in float32, as PEFT does.
+        device = weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.active_rank = rank
+
+    @classmethod
+    def from_base(
+        cls,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        scaling: Scaling = "alpha/r_max",
+    ) -> ElasticLoRALinear:
+        """Wrap ``base``; the output is unchanged until B is trained away from zero."""
+        return cls(base, rank, alpha, dropout, scaling)
+
+    def set_active(self, size: int) -> None:
+        """Use rank ``size``; 0 switches the adapter off.
+
+        Raises:
+            InvalidSubnet: outside 0..R.
+        """
+        if not 0 <= size <= self.max_rank:
+            raise InvalidSubnet(f"rank {size} is outside 0..{self.max_rank}")
+        self.active_rank = size
+
+    def scale_at(self, rank: int) -> float:
+        """Return what multiplies B A at ``rank``."""
+        if self.scaling == "alpha/r_max":
+            return self.alpha / self.max_rank
+        return self.alpha / (rank if self.scaling == "alpha/r" else math.sqrt(rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: ``(..., I)``.  Returns: ``(..., O)``."""
+        rank = self.active_rank
+        if rank == 0:
+            return self.base(x)
+        scale = self.scale_at(rank)
+        a, b = self.lora_A[:rank], self.lora_B[:, :rank]
+        plain = type(self.base) is nn.Linear and not self.base.weight.requires_grad
+        if plain and self.dropout is None and x.dtype == a.dtype and not torch.is_autocast_enabled(
+            x.device.type
+        ):
+            return _FrozenLinearPlusLoRA.apply(x, self.base.weight, self.base.bias, a, b, scale)
+        out = self.base(x)
+        inputs = x if self.dropout is None else self.dropout(x)
+        low = (inputs.to(a.dtype) @ a.T) @ b.T
+        return out + (low * scale).to(out.dtype)
+
+    def extract(self) -> tuple[Tensor, Tensor, float]:
+        """Return copies of the active A ``(r, I)`` and B ``(O, r)``, and their scale."""
+        rank = self.active_rank
+        a = self.lora_A[:rank].detach().clone()
+        b = self.lora_B[:, :rank].detach().clone().contiguous()
+        return a, b, self.scale_at(rank) if rank else 0.0
+
+    def extra_repr(self) -> str:
+        return f"rank={self.active_rank} of {self.max_rank}, alpha={self.alpha}, {self.scaling}"
+
+
+class _FrozenLinearPlusLoRA(torch.autograd.Function):
+    """x W^T + b + s (x A^T) B^T with the adapter's products accumulated in place.
+
+    autograd would write the full-size product of the adapter and its input gradient to memory of
+    their own and add them afterwards; here both are accumulated by the matrix product itself.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        low = flat @ a.T  # (T, r)
+        out = nn.functional.linear(flat, weight, bias)
+        out.addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(flat, weight, a, b, low)
+        ctx.scale = scale
+        ctx.shape = x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flat, weight, a, b, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, weight.shape[0])
+        grad_low = (grad @ b).mul_(ctx.scale)  # (T, r)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, a).view(ctx.shape)
+        grad_a = grad_low.T @ flat
+        grad_b = (grad.T @ low).mul_(ctx.scale)
+        return grad_x, None, None, grad_a, grad_b, None

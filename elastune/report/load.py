@@ -1,0 +1,309 @@
+"""Read a run directory, whole or half finished, into one typed value."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elastune.errors import BadArtifact
+
+SCHEMA = 1
+CURVE_FILES = {
+    "supernet": "supernet/train.jsonl",
+    "dense+lora": "baselines/dense-lora/train.jsonl",
+    "sparse+lora": "baselines/sparse-lora/train.jsonl",
+}
+AGAIN = "run the stage that writes this file again: `elastune run` redoes what is missing"
+
+Number = (int, float)
+METRIC_FIELDS: dict[str, Any] = {
+    "name": str,
+    "task": str,
+    "metric": str,
+    "score": Number,
+    "stderr": (int, float, type(None)),
+    "n": int,
+    "params": int,
+    "nonzero": int,
+    "macs": int,
+    "seconds": Number,
+}
+TENSOR_FIELDS: dict[str, Any] = {"shape": list, "zeros": int, "sparsity": Number}
+DIM_FIELDS: dict[str, Any] = {"name": str, "kind": str, "choices": list, "modules": list}
+TRIAL_FIELDS: dict[str, Any] = {"number": int, "config": dict, "values": dict}
+STEP_FIELDS: dict[str, Any] = {"step": int, "loss": Number}
+PREDICTION_FIELDS: dict[str, Any] = {"prompt": str, "text": str, "correct": (bool, int, float)}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss per optimizer step, and how often each choice was drawn: ``draws[dim][choice index]``."""
+
+    steps: tuple[int, ...]
+    losses: tuple[float, ...]
+    tokens: int
+    draws: tuple[Counter[int], ...] = ()
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run directory holds; None or empty where a file is not there (see ``missing``)."""
+
+    path: Path
+    recipe: dict[str, Any] | None = None
+    manifest: dict[str, Any] | None = None
+    metrics: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
+    space: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+    curves: dict[str, Curve] = field(default_factory=dict)
+    predictions: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    subnets: dict[str, str] = field(default_factory=dict)  # name -> "peft" or "model"
+    architecture: str | None = None  # of base/: a class name such as LlamaForCausalLM
+    missing: tuple[str, ...] = ()
+
+
+def load_run(run_dir: Path) -> RunData:
+    """Read every file of ``run_dir`` that the report shows.
+
+    Raises:
+        BadArtifact: no such directory, nothing of a run in it, or a file that is corrupt, of another
+            schema or lacks a field (the message names file and field).
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise BadArtifact(f"no run directory at {run_dir}", try_="elastune run RECIPE makes one")
+    parts = {
+        "recipe.yaml": _read_recipe(run_dir / "recipe.yaml"),
+        "manifest.json": _read_manifest(run_dir / "manifest.json"),
+        "metrics.json": _read_metrics(run_dir / "metrics.json"),
+        "base/sparsity.json": _read_sparsity(run_dir / "base" / "sparsity.json"),
+        "space.json": _read_space(run_dir / "space.json"),
+        "search/trials.json": _read_search(run_dir / "search" / "trials.json"),
+    }
+    curves = {name: _read_curve(run_dir / file) for name, file in CURVE_FILES.items()}
+    predictions = _read_predictions(run_dir / "predictions")
+    subnets = _find_subnets(run_dir / "subnets")
+    absent = [name for name, value in parts.items() if value is None]
+    absent += [CURVE_FILES[name] for name, curve in curves.items() if curve is None]
+    absent += [] if predictions else ["predictions/"]
+    absent += [] if subnets else ["subnets/"]
+    if len(absent) == len(parts) + len(curves) + 2:
+        raise BadArtifact(
+            f"{run_dir} holds none of the files of a run (metrics.json, recipe.yaml, ...)",
+            try_="give the directory that `elastune run` wrote",
+        )
+    return RunData(
+        path=run_dir,
+        recipe=parts["recipe.yaml"],
+        manifest=parts["manifest.json"],
+        metrics=parts["metrics.json"],
+        sparsity=parts["base/sparsity.json"],
+        space=parts["space.json"],
+        search=parts["search/trials.json"],
+        curves={name: curve for name, curve in curves.items() if curve is not None},
+        predictions=predictions,
+        subnets=subnets,
+        architecture=_architecture(run_dir / "base" / "config.json"),
+        missing=tuple(absent),
+    )
+
+
+def check_metrics(metrics: Mapping[str, Any], where: str = "metrics.json") -> None:
+    """Check the rows of a ``metrics.json`` value.
+
+    Raises:
+        BadArtifact: a row lacks a field, is there twice, or has an accuracy outside 0..1.
+    """
+    _check_fields(metrics, {"rows": list}, where)
+    seen: set[tuple[str, str, str]] = set()
+    for number, row in enumerate(metrics["rows"]):
+        at = f"{where}, row {number}"
+        _check_fields(row, METRIC_FIELDS, at)
+        _check_optional(row, {"latency_ms": Number, "config": dict}, at)
+        key = (row["name"], row["task"], row["metric"])
+        if key in seen:
+            raise BadArtifact(f"{at}: a second row for {' / '.join(key)}", try_=AGAIN)
+        seen.add(key)
+        if row["metric"] == "accuracy" and not 0 <= row["score"] <= 1:
+            raise BadArtifact(f"{at}: accuracy is a fraction 0..1, got {row['score']}", try_=AGAIN)
+
+
+def _check_fields(row: Any, fields: Mapping[str, Any], where: str) -> None:
+    if not isinstance(row, Mapping):
+        raise BadArtifact(f"{where}: expected an object, got {type(row).__name__}", try_=AGAIN)
+    for name, kind in fields.items():
+        if name not in row:
+            raise BadArtifact(f"{where}: field {name!r} is missing", try_=AGAIN)
+        _check_type(row[name], kind, f"{where}: field {name!r}")
+
+
+def _check_optional(row: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
+    for name, kind in fields.items():
+        if row.get(name) is not None:
+            _check_type(row[name], kind, f"{where}: field {name!r}")
+
+
+def _check_type(value: Any, kind: Any, where: str) -> None:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return
+    allowed = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+    got = "null" if value is None else type(value).__name__
+    raise BadArtifact(f"{where} must be {allowed}, got {got}", try_=AGAIN)
+
+
+def _read_text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadArtifact(f"{path} cannot be read: {error}", try_=AGAIN) from error
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of this schema, or None where there is no file."""
+    text = _read_text(path)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadArtifact(f"{path} is not JSON: {error}", try_=AGAIN) from error
+    if not isinstance(value, dict):
+        raise BadArtifact(f"{path}: expected an object, got {type(value).__name__}", try_=AGAIN)
+    if value.get("schema") != SCHEMA:
+        raise BadArtifact(
+            f"{path}: field 'schema' is {value.get('schema')!r}, this elastune reads {SCHEMA}",
+            try_="use the elastune that wrote it, or run the stage again",
+        )
+    return value
+
+
+def _read_rows(path: Path, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    text = _read_text(path)
+    lines = (text or "").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            # A run that is going on, or was killed, may leave half a last line.
+            if number == len(lines) and not line.endswith("\n"):
+                return
+            raise BadArtifact(f"{path}, line {number} is not JSON: {error}", try_=AGAIN) from error
+        _check_fields(row, fields, f"{path}, line {number}")
+        yield row
+
+
+def _read_recipe(path: Path) -> dict[str, Any] | None:
+    text = _read_text(path)
+    if text is None:
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadArtifact(f"{path} is not YAML: {error}", try_=AGAIN) from error
+    if not isinstance(value, dict):
+        raise BadArtifact(f"{path}: expected a mapping, got {type(value).__name__}", try_=AGAIN)
+    return value
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    manifest = _read_json(path)
+    if manifest is not None:
+        _check_fields(manifest, {"stages": dict}, str(path))
+        for stage, row in manifest["stages"].items():
+            where = f"{path}, stage {stage!r}"
+            _check_fields(row, {"status": str}, where)
+            _check_optional(row, {"seconds": Number, "finished": str}, where)
+    return manifest
+
+
+def _read_metrics(path: Path) -> dict[str, Any] | None:
+    metrics = _read_json(path)
+    if metrics is not None:
+        check_metrics(metrics, str(path))
+    return metrics
+
+
+def _read_sparsity(path: Path) -> dict[str, Any] | None:
+    sparsity = _read_json(path)
+    if sparsity is not None:
+        _check_fields(sparsity, {"tensors": dict, "total": dict}, str(path))
+        for name, row in sparsity["tensors"].items():
+            _check_fields(row, TENSOR_FIELDS, f"{path}, tensor {name!r}")
+        total = {"zeros": int, "weights": int, "sparsity": Number}
+        _check_fields(sparsity["total"], total, f"{path}, total")
+    return sparsity
+
+
+def _read_space(path: Path) -> dict[str, Any] | None:
+    space = _read_json(path)
+    if space is not None:
+        _check_fields(space, {"dims": list}, str(path))
+        for number, dim in enumerate(space["dims"]):
+            _check_fields(dim, DIM_FIELDS, f"{path}, dim {number}")
+    return space
+
+
+def _read_search(path: Path) -> dict[str, Any] | None:
+    search = _read_json(path)
+    if search is not None:
+        _check_fields(search, {"trials": list}, str(path))
+        _check_optional(search, {"pareto": list, "best": int}, str(path))
+        for number, trial in enumerate(search["trials"]):
+            _check_fields(trial, TRIAL_FIELDS, f"{path}, trial {number}")
+    return search
+
+
+def _read_curve(path: Path) -> Curve | None:
+    if not path.is_file():
+        return None
+    losses: dict[int, float] = {}  # by step: a resumed run writes some steps twice, the last counts
+    draws: list[Counter[int]] = []
+    tokens = 0
+    for row in _read_rows(path, STEP_FIELDS):
+        losses[row["step"]] = float(row["loss"])
+        tokens += int(row.get("tokens") or 0)
+        for config in row.get("configs") or ():
+            draws += [Counter() for _ in range(len(config) - len(draws))]
+            for counter, choice in zip(draws, config, strict=False):
+                counter[choice] += 1
+    steps = tuple(sorted(losses))
+    return Curve(steps, tuple(losses[step] for step in steps), tokens, tuple(draws))
+
+
+def _read_predictions(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    found = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        name, _, task = path.stem.partition(".")
+        found[name, task] = list(_read_rows(path, PREDICTION_FIELDS))
+    return found
+
+
+def _find_subnets(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(folder.glob("*")):
+        if (path / "adapter_config.json").is_file():
+            found[path.name] = "peft"
+        elif (path / "config.json").is_file():
+            found[path.name] = "model"
+    return found
+
+
+def _architecture(path: Path) -> str | None:
+    text = _read_text(path)
+    try:
+        names = json.loads(text or "{}").get("architectures") or [None]
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise BadArtifact(f"{path} is not a model's config.json: {error}", try_=AGAIN) from error
+    return names[0]

@@ -1,0 +1,194 @@
+"""The main table once, written for the terminal, for Markdown and for the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from elastune.report.layers import by_role
+from elastune.report.numbers import common_unit, scaled, score_text
+from elastune.report.results import (
+    AVERAGE,
+    Column,
+    System,
+    best_names,
+    columns,
+    systems,
+    with_average,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number, its standard error where it has one, and whether it is the best of its column."""
+
+    text: str
+    error: str = ""
+    best: bool = False
+
+    @property
+    def full(self) -> str:
+        """The number with its standard error."""
+        return f"{self.text} ± {self.error}" if self.error else self.text
+
+
+@dataclass(frozen=True)
+class Header:
+    """A column's name and what its numbers are: metric, unit, sample size."""
+
+    title: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class MainTable:
+    """Headers, and per system a name, whether it is a baseline, and its cells."""
+
+    headers: tuple[Header, ...]
+    rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]
+
+
+def main_table(metrics: Mapping[str, Any]) -> MainTable:
+    """Build the main table: scores ± standard error, then what each system costs.
+
+    Raises:
+        BadArtifact: a row of ``metrics`` lacks a field or is there twice.
+    """
+    rows = with_average(systems(metrics))
+    scores = sorted(columns(rows), key=lambda column: column == AVERAGE)
+    made = [_score_column(rows, column) for column in scores] + _cost_columns(rows)
+    headers = tuple(header for header, _ in made)
+    body = (
+        (row.name, row.baseline, tuple(cells[place] for _, cells in made))
+        for place, row in enumerate(rows)
+    )
+    return MainTable(headers, tuple(body))
+
+
+def _score_column(rows: Sequence[System], column: Column) -> tuple[Header, list[Cell]]:
+    best = best_names(rows, column)
+    cells = []
+    for row in rows:
+        value = row.values.get(column)
+        if value is None:
+            cells.append(Cell("–"))
+            continue
+        error = ""
+        if value.stderr is not None:
+            error = score_text(value.stderr, percent=column.percent)
+        text = score_text(value.score, percent=column.percent)
+        cells.append(Cell(text, error, row.name in best))
+    return Header(column.task, _score_note(rows, column)), cells
+
+
+def _score_note(rows: Sequence[System], column: Column) -> str:
+    arrow = "↑" if column.higher_is_better else "↓"
+    note = f"{column.metric}{' %' if column.percent else ''} {arrow}"
+    if column == AVERAGE:
+        return note
+    counts = sorted({row.values[column].n for row in rows if column in row.values})
+    n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,}"
+    return f"{note}, n={n}"
+
+
+def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
+    made = [_count_column(rows, "params", "params")]
+    made.append(_count_column(rows, "non-zeros", "nonzero"))
+    dense = next((row for row in rows if row.name == "dense"), None)
+    if dense is not None:
+        fewer = [Cell(f"{dense.nonzero / row.nonzero:.2f}×") for row in rows if row.nonzero]
+        if len(fewer) == len(rows):
+            made.append((Header("fewer", "non-zeros than dense"), fewer))
+    made.append(_count_column(rows, "MACs", "macs"))
+    if any(row.latency_ms is not None for row in rows):
+        cells = [Cell("–" if r.latency_ms is None else f"{r.latency_ms:,.1f}") for r in rows]
+        made.append((Header("latency", "ms, measured"), cells))
+    seconds = [Cell(f"{row.seconds:,.1f}") for row in rows]
+    made.append((Header("time", "s"), seconds))
+    return made
+
+
+def _count_column(rows: Sequence[System], title: str, name: str) -> tuple[Header, list[Cell]]:
+    counts = [getattr(row, name) for row in rows]
+    divisor, prefix = common_unit(counts)
+    return Header(title, prefix), [Cell(scaled(count, divisor)) for count in counts]
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Table:
+    """Make the main table for a terminal: baselines dim, the best sub-network of a column bold.
+
+    Raises:
+        BadArtifact: a row of ``metrics`` lacks a field or is there twice.
+    """
+    main = main_table(metrics)
+    table = Table(caption="± is one standard error; bold: best sub-network")
+    table.add_column("system", no_wrap=True)
+    for header in main.headers:
+        table.add_column(Text(f"{header.title}\n{header.note}"), justify="right")
+    for place, (name, baseline, cells) in enumerate(main.rows):
+        style = "dim" if baseline else ""
+        texts = [Text(cell.full, style="bold" if cell.best else style) for cell in cells]
+        turning = baseline and place + 1 < len(main.rows) and not main.rows[place + 1][1]
+        table.add_row(Text(name, style=style), *texts, end_section=turning)
+    return table
+
+
+def markdown_table(metrics: Mapping[str, Any]) -> str:
+    """Write the main table as Markdown; baselines say so, the best sub-network is bold.
+
+    Raises:
+        BadArtifact: a row of ``metrics`` lacks a field or is there twice.
+    """
+    main = main_table(metrics)
+    titles = [f"{h.title} ({h.note})" if h.note else h.title for h in main.headers]
+    lines = [_markdown_row(["system", *titles]), "|---|" + "---:|" * len(titles)]
+    for name, baseline, cells in main.rows:
+        texts = [f"**{cell.full}**" if cell.best else cell.full for cell in cells]
+        lines.append(_markdown_row([f"{name} (baseline)" if baseline else name, *texts]))
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def sparsity_table(sparsity: Mapping[str, Any]) -> Table:
+    """Make a terminal table of a sparsity report (``base/sparsity.json``): one row a role.
+
+    Columns: tensors, weights, zeros, sparsity in per cent of all weights of the role, and the
+    lowest and highest sparsity of one tensor.
+    """
+    tensors = sparsity["tensors"]
+    title = " ".join(str(sparsity[k]) for k in ("method", "pattern") if sparsity.get(k))
+    table = Table(title=Text(f"zeros in the base model ({title})" if title else "zeros"))
+    table.add_column("role", no_wrap=True)
+    for header in ("tensors", "weights", "zeros", "sparsity %", "lowest–highest %"):
+        table.add_column(header, justify="right")
+    for role, names in by_role(tensors).items():
+        rows = [tensors[name] for name in names]
+        weights, zeros = sum(map(_weights, rows)), sum(row["zeros"] for row in rows)
+        low, high = min(r["sparsity"] for r in rows), max(r["sparsity"] for r in rows)
+        table.add_row(
+            Text(role),
+            str(len(rows)),
+            f"{weights:,}",
+            f"{zeros:,}",
+            f"{100 * zeros / max(weights, 1):.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+        )
+    table.add_section()
+    total = sparsity["total"]
+    figures = (f"{total['weights']:,}", f"{total['zeros']:,}", f"{100 * total['sparsity']:.1f}")
+    table.add_row("total", str(len(tensors)), *figures, "")
+    return table
+
+
+def _weights(row: Mapping[str, Any]) -> int:
+    count = 1
+    for size in row["shape"]:
+        count *= size
+    return count
