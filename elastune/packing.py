@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def _within_sequences(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for start, stop in zip(sequence_starts[:-1], sequence_starts[1:], strict=True):
+    for start, stop in pairwise(sequence_starts):
         length = stop - start
         mask = None
         if sliding_window is not None and length > sliding_window:

@@ -76,13 +76,11 @@ class SubnetConfig(Mapping[str, int]):
         try:
             choices = json.loads(text)
         except json.JSONDecodeError as error:
-            raise InvalidSubnet(f"a sub-network must be a JSON object, got {text[:80]!r}") from error
+            raise InvalidSubnet(f"a sub-network is a JSON object, got {text[:80]!r}") from error
         if not isinstance(choices, dict) or not all(
             isinstance(choice, int) and not isinstance(choice, bool) for choice in choices.values()
         ):
-            raise InvalidSubnet(
-                f"a sub-network maps dim names to whole numbers, got {text[:80]!r}"
-            )
+            raise InvalidSubnet(f"a sub-network maps dim names to whole numbers, got {text[:80]!r}")
         return cls(choices)
 
 
@@ -184,7 +182,8 @@ class SearchSpace:
         for position, dim in enumerate(self.dims):
             for index in (indices[position] - 1, indices[position] + 1):
                 if 0 <= index < len(dim.choices):
-                    found.append(self.decode([*indices[:position], index, *indices[position + 1 :]]))
+                    changed = [*indices[:position], index, *indices[position + 1 :]]
+                    found.append(self.decode(changed))
         return found
 
     def encode(self, config: SubnetConfig) -> tuple[int, ...]:

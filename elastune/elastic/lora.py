@@ -64,8 +64,8 @@ class ElasticLoRALinear(nn.Module):
         device = weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.active_rank = rank
+        self.reset()
 
     @classmethod
     def from_base(
@@ -78,6 +78,16 @@ class ElasticLoRALinear(nn.Module):
     ) -> ElasticLoRALinear:
         """Wrap ``base``; the output is unchanged until B is trained away from zero."""
         return cls(base, rank, alpha, dropout, scaling)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Draw A as LoRA does (uniform, Kaiming with a = sqrt 5) and zero B."""
+        # Drawn on the CPU, so that a seed means the same weights on every device.
+        start = nn.init.kaiming_uniform_(
+            torch.empty(self.lora_A.shape), a=math.sqrt(5), generator=generator
+        )
+        with torch.no_grad():
+            self.lora_A.copy_(start)
+            self.lora_B.zero_()
 
     def set_active(self, size: int) -> None:
         """Use rank ``size``; 0 switches the adapter off.
@@ -103,8 +113,11 @@ class ElasticLoRALinear(nn.Module):
         scale = self.scale_at(rank)
         a, b = self.lora_A[:rank], self.lora_B[:, :rank]
         plain = type(self.base) is nn.Linear and not self.base.weight.requires_grad
-        if plain and self.dropout is None and x.dtype == a.dtype and not torch.is_autocast_enabled(
-            x.device.type
+        if (
+            plain
+            and self.dropout is None
+            and x.dtype == a.dtype
+            and not torch.is_autocast_enabled(x.device.type)
         ):
             return _FrozenLinearPlusLoRA.apply(x, self.base.weight, self.base.bias, a, b, scale)
         out = self.base(x)

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from elastune.models.architecture import ARCHITECTURES, Architecture, architecture
+from elastune.models.load import load_model, save_model
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "architecture", "load_model", "save_model"]

@@ -68,7 +68,7 @@ def config_text(config: Mapping[str, Any], limit: int = 320) -> str:
 
 def uniform_text(config: Mapping[str, Any]) -> str | None:
     """Describe a configuration that has one choice per role (``24 everywhere``); None otherwise."""
-    values = {role: {config[n] for n in names} for role, names in by_role(config).items()}
+    values = {role: {str(config[n]) for n in names} for role, names in by_role(config).items()}
     if any(len(choices) > 1 for choices in values.values()):
         return None
     single = {role: next(iter(choices)) for role, choices in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,20 @@ from typing import Any
 import yaml
 
 from elastune.errors import BadArtifact
+from elastune.report.fields import (
+    AGAIN,
+    check_fields,
+    check_optional,
+    read_json,
+    read_rows,
+    read_text,
+)
 
-SCHEMA = 1
 CURVE_FILES = {
     "supernet": "supernet/train.jsonl",
     "dense+lora": "baselines/dense-lora/train.jsonl",
     "sparse+lora": "baselines/sparse-lora/train.jsonl",
 }
-AGAIN = "run the stage that writes this file again: `elastune run` redoes what is missing"
-
 Number = (int, float)
 METRIC_FIELDS: dict[str, Any] = {
     "name": str,
@@ -43,7 +48,7 @@ PREDICTION_FIELDS: dict[str, Any] = {"prompt": str, "text": str, "correct": (boo
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss per optimizer step, and how often each choice was drawn: ``draws[dim][choice index]``."""
+    """Loss per optimizer step, and draws of each choice: ``draws[dim][choice index]``."""
 
     steps: tuple[int, ...]
     losses: tuple[float, ...]
@@ -73,8 +78,8 @@ def load_run(run_dir: Path) -> RunData:
     """Read every file of ``run_dir`` that the report shows.
 
     Raises:
-        BadArtifact: no such directory, nothing of a run in it, or a file that is corrupt, of another
-            schema or lacks a field (the message names file and field).
+        BadArtifact: no such directory, nothing of a run in it, or a file that is corrupt, of
+            another schema or lacks a field (the message names file and field).
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -121,12 +126,12 @@ def check_metrics(metrics: Mapping[str, Any], where: str = "metrics.json") -> No
     Raises:
         BadArtifact: a row lacks a field, is there twice, or has an accuracy outside 0..1.
     """
-    _check_fields(metrics, {"rows": list}, where)
+    check_fields(metrics, {"rows": list}, where)
     seen: set[tuple[str, str, str]] = set()
     for number, row in enumerate(metrics["rows"]):
         at = f"{where}, row {number}"
-        _check_fields(row, METRIC_FIELDS, at)
-        _check_optional(row, {"latency_ms": Number, "config": dict}, at)
+        check_fields(row, METRIC_FIELDS, at)
+        check_optional(row, {"latency_ms": Number, "config": dict}, at)
         key = (row["name"], row["task"], row["metric"])
         if key in seen:
             raise BadArtifact(f"{at}: a second row for {' / '.join(key)}", try_=AGAIN)
@@ -135,77 +140,8 @@ def check_metrics(metrics: Mapping[str, Any], where: str = "metrics.json") -> No
             raise BadArtifact(f"{at}: accuracy is a fraction 0..1, got {row['score']}", try_=AGAIN)
 
 
-def _check_fields(row: Any, fields: Mapping[str, Any], where: str) -> None:
-    if not isinstance(row, Mapping):
-        raise BadArtifact(f"{where}: expected an object, got {type(row).__name__}", try_=AGAIN)
-    for name, kind in fields.items():
-        if name not in row:
-            raise BadArtifact(f"{where}: field {name!r} is missing", try_=AGAIN)
-        _check_type(row[name], kind, f"{where}: field {name!r}")
-
-
-def _check_optional(row: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
-    for name, kind in fields.items():
-        if row.get(name) is not None:
-            _check_type(row[name], kind, f"{where}: field {name!r}")
-
-
-def _check_type(value: Any, kind: Any, where: str) -> None:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    if isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
-        return
-    allowed = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
-    got = "null" if value is None else type(value).__name__
-    raise BadArtifact(f"{where} must be {allowed}, got {got}", try_=AGAIN)
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadArtifact(f"{path} cannot be read: {error}", try_=AGAIN) from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file of this schema, or None where there is no file."""
-    text = _read_text(path)
-    if text is None:
-        return None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadArtifact(f"{path} is not JSON: {error}", try_=AGAIN) from error
-    if not isinstance(value, dict):
-        raise BadArtifact(f"{path}: expected an object, got {type(value).__name__}", try_=AGAIN)
-    if value.get("schema") != SCHEMA:
-        raise BadArtifact(
-            f"{path}: field 'schema' is {value.get('schema')!r}, this elastune reads {SCHEMA}",
-            try_="use the elastune that wrote it, or run the stage again",
-        )
-    return value
-
-
-def _read_rows(path: Path, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    text = _read_text(path)
-    lines = (text or "").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            # A run that is going on, or was killed, may leave half a last line.
-            if number == len(lines) and not line.endswith("\n"):
-                return
-            raise BadArtifact(f"{path}, line {number} is not JSON: {error}", try_=AGAIN) from error
-        _check_fields(row, fields, f"{path}, line {number}")
-        yield row
-
-
 def _read_recipe(path: Path) -> dict[str, Any] | None:
-    text = _read_text(path)
+    text = read_text(path)
     if text is None:
         return None
     try:
@@ -218,50 +154,50 @@ def _read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def _read_manifest(path: Path) -> dict[str, Any] | None:
-    manifest = _read_json(path)
+    manifest = read_json(path)
     if manifest is not None:
-        _check_fields(manifest, {"stages": dict}, str(path))
+        check_fields(manifest, {"stages": dict}, str(path))
         for stage, row in manifest["stages"].items():
             where = f"{path}, stage {stage!r}"
-            _check_fields(row, {"status": str}, where)
-            _check_optional(row, {"seconds": Number, "finished": str}, where)
+            check_fields(row, {"status": str}, where)
+            check_optional(row, {"seconds": Number, "finished": str}, where)
     return manifest
 
 
 def _read_metrics(path: Path) -> dict[str, Any] | None:
-    metrics = _read_json(path)
+    metrics = read_json(path)
     if metrics is not None:
         check_metrics(metrics, str(path))
     return metrics
 
 
 def _read_sparsity(path: Path) -> dict[str, Any] | None:
-    sparsity = _read_json(path)
+    sparsity = read_json(path)
     if sparsity is not None:
-        _check_fields(sparsity, {"tensors": dict, "total": dict}, str(path))
+        check_fields(sparsity, {"tensors": dict, "total": dict}, str(path))
         for name, row in sparsity["tensors"].items():
-            _check_fields(row, TENSOR_FIELDS, f"{path}, tensor {name!r}")
+            check_fields(row, TENSOR_FIELDS, f"{path}, tensor {name!r}")
         total = {"zeros": int, "weights": int, "sparsity": Number}
-        _check_fields(sparsity["total"], total, f"{path}, total")
+        check_fields(sparsity["total"], total, f"{path}, total")
     return sparsity
 
 
 def _read_space(path: Path) -> dict[str, Any] | None:
-    space = _read_json(path)
+    space = read_json(path)
     if space is not None:
-        _check_fields(space, {"dims": list}, str(path))
+        check_fields(space, {"dims": list}, str(path))
         for number, dim in enumerate(space["dims"]):
-            _check_fields(dim, DIM_FIELDS, f"{path}, dim {number}")
+            check_fields(dim, DIM_FIELDS, f"{path}, dim {number}")
     return space
 
 
 def _read_search(path: Path) -> dict[str, Any] | None:
-    search = _read_json(path)
+    search = read_json(path)
     if search is not None:
-        _check_fields(search, {"trials": list}, str(path))
-        _check_optional(search, {"pareto": list, "best": int}, str(path))
+        check_fields(search, {"trials": list}, str(path))
+        check_optional(search, {"pareto": list, "best": int}, str(path))
         for number, trial in enumerate(search["trials"]):
-            _check_fields(trial, TRIAL_FIELDS, f"{path}, trial {number}")
+            check_fields(trial, TRIAL_FIELDS, f"{path}, trial {number}")
     return search
 
 
@@ -271,7 +207,7 @@ def _read_curve(path: Path) -> Curve | None:
     losses: dict[int, float] = {}  # by step: a resumed run writes some steps twice, the last counts
     draws: list[Counter[int]] = []
     tokens = 0
-    for row in _read_rows(path, STEP_FIELDS):
+    for row in read_rows(path, STEP_FIELDS):
         losses[row["step"]] = float(row["loss"])
         tokens += int(row.get("tokens") or 0)
         for config in row.get("configs") or ():
@@ -286,7 +222,7 @@ def _read_predictions(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         name, _, task = path.stem.partition(".")
-        found[name, task] = list(_read_rows(path, PREDICTION_FIELDS))
+        found[name, task] = list(read_rows(path, PREDICTION_FIELDS))
     return found
 
 
@@ -301,7 +237,7 @@ def _find_subnets(folder: Path) -> dict[str, str]:
 
 
 def _architecture(path: Path) -> str | None:
-    text = _read_text(path)
+    text = read_text(path)
     try:
         names = json.loads(text or "{}").get("architectures") or [None]
     except (json.JSONDecodeError, AttributeError) as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from elastune.report.load import check_metrics
+from elastune.report.quantities import score_text
 
 BASELINES = ("dense", "dense+lora", "lora", "sparse", "sparse+lora")
 RESULTS = ("largest", "heuristic", "smallest", "best")
@@ -34,6 +35,21 @@ class Column:
     def higher_is_better(self) -> bool:
         """Whether a larger value is the better one."""
         return self.metric not in LOWER_IS_BETTER
+
+    def text(self, value: Value) -> str:
+        """Format a score of this column, without its error."""
+        return score_text(value.score, percent=self.percent)
+
+    def error_text(self, value: Value) -> str:
+        """Format the standard error with the digits of its score; empty where there is none."""
+        if value.stderr is None:
+            return ""
+        return score_text(value.stderr, percent=self.percent, beside=value.score)
+
+    def full_text(self, value: Value) -> str:
+        """Format score ± standard error."""
+        error = self.error_text(value)
+        return f"{self.text(value)} ± {error}" if error else self.text(value)
 
 
 AVERAGE = Column("average", "accuracy")
@@ -69,7 +85,10 @@ class System:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a system compares with a reference: ``better``, ``worse``, ``within noise``, ``unknown``."""
+    """How a system compares with a reference.
+
+    ``word`` is ``better``, ``worse``, ``within noise`` or ``unknown`` (no standard error).
+    """
 
     name: str
     reference: str

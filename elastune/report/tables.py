@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastune.report.layers import by_role
-from elastune.report.numbers import common_unit, scaled, score_text
+from elastune.report.quantities import DASH, TIMES, count_texts
 from elastune.report.results import (
     AVERAGE,
     Column,
@@ -75,13 +75,9 @@ def _score_column(rows: Sequence[System], column: Column) -> tuple[Header, list[
     for row in rows:
         value = row.values.get(column)
         if value is None:
-            cells.append(Cell("–"))
+            cells.append(Cell(DASH))
             continue
-        error = ""
-        if value.stderr is not None:
-            error = score_text(value.stderr, percent=column.percent)
-        text = score_text(value.score, percent=column.percent)
-        cells.append(Cell(text, error, row.name in best))
+        cells.append(Cell(column.text(value), column.error_text(value), row.name in best))
     return Header(column.task, _score_note(rows, column)), cells
 
 
@@ -91,7 +87,7 @@ def _score_note(rows: Sequence[System], column: Column) -> str:
     if column == AVERAGE:
         return note
     counts = sorted({row.values[column].n for row in rows if column in row.values})
-    n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}–{counts[-1]:,}"
+    n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}{DASH}{counts[-1]:,}"
     return f"{note}, n={n}"
 
 
@@ -100,12 +96,12 @@ def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
     made.append(_count_column(rows, "non-zeros", "nonzero"))
     dense = next((row for row in rows if row.name == "dense"), None)
     if dense is not None:
-        fewer = [Cell(f"{dense.nonzero / row.nonzero:.2f}×") for row in rows if row.nonzero]
+        fewer = [Cell(f"{dense.nonzero / row.nonzero:.2f}{TIMES}") for row in rows if row.nonzero]
         if len(fewer) == len(rows):
             made.append((Header("fewer", "non-zeros than dense"), fewer))
     made.append(_count_column(rows, "MACs", "macs"))
     if any(row.latency_ms is not None for row in rows):
-        cells = [Cell("–" if r.latency_ms is None else f"{r.latency_ms:,.1f}") for r in rows]
+        cells = [Cell(DASH if r.latency_ms is None else f"{r.latency_ms:,.1f}") for r in rows]
         made.append((Header("latency", "ms, measured"), cells))
     seconds = [Cell(f"{row.seconds:,.1f}") for row in rows]
     made.append((Header("time", "s"), seconds))
@@ -113,9 +109,8 @@ def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
 
 
 def _count_column(rows: Sequence[System], title: str, name: str) -> tuple[Header, list[Cell]]:
-    counts = [getattr(row, name) for row in rows]
-    divisor, prefix = common_unit(counts)
-    return Header(title, prefix), [Cell(scaled(count, divisor)) for count in counts]
+    prefix, texts = count_texts([getattr(row, name) for row in rows])
+    return Header(title, prefix), [Cell(text) for text in texts]
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
@@ -166,7 +161,7 @@ def sparsity_table(sparsity: Mapping[str, Any]) -> Table:
     title = " ".join(str(sparsity[k]) for k in ("method", "pattern") if sparsity.get(k))
     table = Table(title=Text(f"zeros in the base model ({title})" if title else "zeros"))
     table.add_column("role", no_wrap=True)
-    for header in ("tensors", "weights", "zeros", "sparsity %", "lowest–highest %"):
+    for header in ("tensors", "weights", "zeros", "sparsity %", f"lowest{DASH}highest %"):
         table.add_column(header, justify="right")
     for role, names in by_role(tensors).items():
         rows = [tensors[name] for name in names]
@@ -178,7 +173,7 @@ def sparsity_table(sparsity: Mapping[str, Any]) -> Table:
             f"{weights:,}",
             f"{zeros:,}",
             f"{100 * zeros / max(weights, 1):.1f}",
-            f"{100 * low:.1f}–{100 * high:.1f}",
+            f"{100 * low:.1f}{DASH}{100 * high:.1f}",
         )
     table.add_section()
     total = sparsity["total"]

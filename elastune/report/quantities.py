@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -16,23 +16,28 @@ def common_unit(values: Iterable[float]) -> tuple[float, str]:
     return next(((size, prefix) for size, prefix in UNITS if top >= size), (1.0, ""))
 
 
-def scaled(value: float, divisor: float) -> str:
-    """Format ``value / divisor`` with one decimal for large and two for small numbers."""
+def count_texts(counts: Sequence[int]) -> tuple[str, list[str]]:
+    """Format a column of counts in one unit and with the same decimals: (SI prefix, texts)."""
+    divisor, prefix = common_unit(counts)
     if divisor == 1:
-        return f"{value:,.0f}"
-    number = value / divisor
-    return f"{number:,.1f}" if abs(number) >= 100 else f"{number:,.2f}"
+        return prefix, [f"{count:,}" for count in counts]
+    decimals = 1 if max(counts) >= 100 * divisor else 2
+    return prefix, [f"{count / divisor:,.{decimals}f}" for count in counts]
 
 
-def score_text(score: float, *, percent: bool) -> str:
-    """Format a score: per cent with one decimal, other metrics with the digits they need."""
+def score_text(score: float, *, percent: bool, beside: float | None = None) -> str:
+    """Format a score: per cent with one decimal, other metrics with the digits they need.
+
+    ``beside`` is the number that sets the digits, so that an error matches its score.
+    """
     if not math.isfinite(score):
         return "\N{INFINITY}" if score == math.inf else "n/a"
     if percent:
         return f"{100 * score:.1f}"
-    if abs(score) >= 1e5:
+    size = abs(score if beside is None else beside)
+    if size >= 1e5:
         return f"{score:.2e}"
-    return f"{score:,.{2 if abs(score) >= 1 else 3}f}"
+    return f"{score:,.{2 if size >= 1 else 3}f}"
 
 
 def signed(difference: float, *, percent: bool) -> str:
@@ -69,3 +74,8 @@ def one_line(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(one_line(item) for item in value)
     return str(value)
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether ``value`` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)

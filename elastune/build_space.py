@@ -1,0 +1,118 @@
+"""Search spaces made from a model's structure and a few short patterns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from transformers import PreTrainedModel
+
+from elastune.errors import InvalidSpace, UnsupportedModel, nearest
+from elastune.models import architecture
+from elastune.space import ElasticDim, SearchSpace
+
+LORA_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "up_gate": ("up", "gate"),
+    "down": ("down",),
+    "o": ("o",),
+}
+"""Roles that share one rank in each block (Shears): projections that read the same input."""
+
+DEFAULT_TARGETS = ("q", "k", "v", "up", "gate", "down")
+"""Roles that get an adapter, as in the papers; add ``"o"`` for the attention output."""
+
+
+def lora_space(
+    model: PreTrainedModel,
+    ranks: Sequence[int] | Mapping[str, Sequence[int]] = (32, 24, 16),
+    *,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    max_rank: int | None = None,
+) -> SearchSpace:
+    """Build one rank dim per block and group of projections.
+
+    Dims are named ``layers.<block>.<group>``, such as ``layers.0.qkv``.
+
+    Args:
+        model: any model of a known architecture.
+        ranks: choices for all dims, or a mapping from patterns over dim names to choices, such as
+            ``{"*": [32, 24, 16], "*.down": [16, 8, 0], "layers.0.*": [32]}``; the last pattern
+            that matches wins. Rank 0 leaves the adapter out. Order and repeats do not matter.
+        targets: roles that get an adapter.
+        groups: roles that share a rank, by the name of the group; default `LORA_GROUPS`. Targets in
+            no group get a group of their own.
+        max_rank: an upper bound that every rank must keep, the adapter's full rank.
+
+    Raises:
+        InvalidSpace: a rank out of range, a pattern that matches no dim, an unknown role.
+        UnsupportedModel: the model has none of the targets.
+    """
+    record = architecture(model)
+    known = set(record.roles) | {"gate"}
+    grouped = _groups(groups or LORA_GROUPS, targets, known)
+    patterns = dict(ranks) if isinstance(ranks, Mapping) else {"*": ranks}
+    used: set[str] = set()
+    dims = []
+    for index, block in enumerate(record.block_names(model)):
+        for group, roles in grouped.items():
+            modules = tuple(f"{block}.{record.roles[r]}" for r in roles if r in record.roles)
+            if not modules:
+                continue
+            name = f"layers.{index}.{group}"
+            matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+            used.update(matching)
+            if matching:
+                choices = _choices(name, patterns[matching[-1]], max_rank)
+                if choices != (0,):
+                    dims.append(ElasticDim(name, "rank", choices, modules))
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
+        example = f"layers.0.{next(iter(grouped))}"
+        raise InvalidSpace(
+            f"adapter.ranks: {', '.join(map(repr, unused))} matches no dim; dims are named like "
+            f"{example!r}, groups are {', '.join(grouped)}",
+            try_=f"a pattern such as '*.{next(iter(grouped))}' or 'layers.0.*'",
+        )
+    if not dims:
+        raise UnsupportedModel(
+            f"{model.config.model_type} has no projection to adapt among the targets "
+            f"{', '.join(targets)} with a rank above 0",
+            try_=f"targets among {', '.join(record.roles)}",
+        )
+    return SearchSpace(dims)
+
+
+def _groups(
+    groups: Mapping[str, Sequence[str]], targets: Sequence[str], known: set[str]
+) -> dict[str, tuple[str, ...]]:
+    """Cut the groups down to the targets, and give the rest groups of their own."""
+    for role in [*targets, *(role for roles in groups.values() for role in roles)]:
+        if role not in known:
+            raise InvalidSpace(
+                f"unknown projection {role!r}{nearest(role, known)}; "
+                f"this model has {', '.join(sorted(known))}"
+            )
+    grouped = {
+        name: tuple(role for role in roles if role in targets) for name, roles in groups.items()
+    }
+    placed = [role for roles in grouped.values() for role in roles]
+    twice = sorted({role for role in placed if placed.count(role) > 1})
+    if twice:
+        raise InvalidSpace(f"adapter.groups: {', '.join(twice)} stands in more than one group")
+    grouped |= {role: (role,) for role in targets if role not in placed}
+    return {name: roles for name, roles in grouped.items() if roles}
+
+
+def _choices(name: str, ranks: Sequence[int], max_rank: int | None) -> tuple[int, ...]:
+    """Sort choices largest first and check their range."""
+    choices = tuple(sorted(set(ranks), reverse=True))
+    if not choices or choices[-1] < 0:
+        raise InvalidSpace(f"{name}: ranks must be whole numbers of at least 0, got {list(ranks)}")
+    if max_rank is not None and choices[0] > max_rank:
+        raise InvalidSpace(
+            f"{name}: rank {choices[0]} is above the adapter's full rank {max_rank}",
+            try_=f"raise adapter.max_rank to {choices[0]} or lower adapter.ranks",
+        )
+    return choices

@@ -1,0 +1,238 @@
+"""Negative log-likelihood of given tokens, without holding all logits at once.
+
+Shapes: `B` rows, `L` tokens, `D` model, `V` vocabulary, `N` scored positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from elastune.data import encode
+from elastune.errors import BadData
+from elastune.generate import Progress, evaluating, unwrapped
+from elastune.tasks.base import Example
+
+_CHUNK_ELEMENTS = 2**24
+"""Logits held at once: 64 MiB in float32."""
+
+
+class MeanLoss(NamedTuple):
+    """A mean negative log-likelihood.
+
+    Attributes:
+        loss: mean over tokens, in nats.
+        stderr: its standard error, from the spread between texts.
+        n: scored tokens.
+    """
+
+    loss: float
+    stderr: float
+    n: int
+
+
+class TokenScorer:
+    """Negative log-likelihoods under one causal LM.
+
+    The head is applied to the scored positions alone, some at a time. That is right only for models
+    whose logits are plainly ``head(hidden)`` (some scale or cap them): tried once, and otherwise
+    the model's own forward is used.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.device = next(model.parameters()).device
+        inner: Any = unwrapped(model)
+        body = getattr(inner, "base_model", inner)
+        self._body: nn.Module | None = None if body is inner else body
+        self._vocabulary = 1
+        self._head: Callable[[Tensor], Tensor] | None = inner.get_output_embeddings()
+        if self._body is not None and not self._head_is_plain():
+            self._body = None
+
+    def __call__(self, input_ids: Tensor, mask: Tensor | None, targets: Tensor) -> Tensor:
+        """Return the NLL in nats of the target tokens, float32, shape (N,).
+
+        Args:
+            input_ids: (B, L), padded on the right.
+            mask: attention mask (B, L), or None without padding.
+            targets: bool (B, L): tokens to score; the first of a row cannot be one.
+        """
+        if bool(targets[:, 0].any()):
+            raise ValueError("the first token of a row has nothing to be predicted from")
+        labels = input_ids[:, 1:][targets[:, 1:]]
+        positions = targets[:, 1:]
+        if self._body is None or self._head is None:
+            output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            return _nll(output.logits[:, :-1][positions], labels)
+        hidden = self._body(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
+        hidden = hidden[:, :-1][positions]
+        step = max(1, _CHUNK_ELEMENTS // self._vocabulary)
+        parts = zip(hidden.split(step), labels.split(step), strict=True)
+        return torch.cat([_nll(self._head(h), y) for h, y in parts])
+
+    @torch.inference_mode()
+    def _head_is_plain(self) -> bool:
+        if self._head is None or self._body is None:
+            return False
+        ids = torch.arange(4, device=self.device)[None] + 1
+        with evaluating(self.model):
+            expected = self.model(input_ids=ids, use_cache=False).logits
+            given = self._head(self._body(input_ids=ids, use_cache=False)[0])
+        self._vocabulary = int(expected.shape[-1])
+        return given.shape == expected.shape and torch.allclose(
+            given.float(), expected.float(), rtol=1e-3, atol=1e-3
+        )
+
+
+@torch.inference_mode()
+def example_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int = 1024,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return per example the summed NLL of its completion and the completion's tokens.
+
+    The completion includes its end-of-sequence token, as in training. Examples are batched by
+    length; results stand in the input's order (float64 nats and int64 tokens, one per example), so
+    that two models can be compared example by example. An example whose prompt fills
+    ``max_length`` scores 0 tokens.
+    """
+    encoded = [encode(example, tokenizer, max_length) for example in examples]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
+    sums, counts = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
+    score = TokenScorer(model)
+    start = 0
+    with evaluating(model):
+        while start < len(order):
+            length = len(encoded[order[start]].input_ids)
+            batch = order[start : start + max(1, batch_tokens // max(1, length))]
+            start += len(batch)
+            lengths = [len(encoded[i].input_ids) for i in batch]
+            firsts = [max(1, encoded[i].n_prompt) for i in batch]
+            if length < 2:
+                continue
+            ids, mask = _right_padded([encoded[i].input_ids for i in batch], length, score.device)
+            columns = torch.arange(length, device=score.device)[None]
+            first = torch.tensor(firsts, device=score.device)[:, None]
+            targets = (columns >= first) & mask.bool()
+            nll = score(ids, None if min(lengths) == length else mask, targets)
+            counts[batch] = [max(0, n - f) for n, f in zip(lengths, firsts, strict=True)]
+            sums[batch] = [float(part.double().sum()) for part in nll.split(counts[batch].tolist())]
+            if progress is not None:
+                progress(start, len(order))
+    return sums, counts
+
+
+def mean_loss(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    max_length: int = 1024,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> MeanLoss:
+    """Return the mean NLL in nats of completion tokens given their prompts.
+
+    A cheap objective for the search: one forward pass, no generation.
+
+    Raises:
+        BadData: no completion token fits within ``max_length``.
+    """
+    sums, counts = example_losses(
+        model,
+        tokenizer,
+        examples,
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        progress=progress,
+    )
+    return ratio_of_sums(sums, counts)
+
+
+@torch.inference_mode()
+def text_loss(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int,
+    batch_tokens: int = 8192,
+    progress: Progress | None = None,
+) -> MeanLoss:
+    """Return the mean NLL in nats over non-overlapping windows of ``window`` tokens of a text.
+
+    The first token of a window is not predicted; the last window may be shorter.
+
+    Raises:
+        BadData: the text has less than two tokens.
+    """
+    ids = tokenizer(text, verbose=False).input_ids
+    if len(ids) < 2:
+        raise BadData(f"the text has {len(ids)} token(s); perplexity needs at least 2.")
+    score = TokenScorer(model)
+    size = max(1, batch_tokens // window)
+    n_full = len(ids) // window
+    full = torch.tensor(ids[: n_full * window], dtype=torch.long).view(n_full, window)
+    batches = list(full.split(size)) if n_full else []
+    if len(ids) - n_full * window >= 2:
+        batches.append(torch.tensor([ids[n_full * window :]]))
+    sums: list[float] = []
+    counts: list[int] = []
+    with evaluating(model):
+        for batch in batches:
+            batch = batch.to(score.device)
+            targets = torch.ones_like(batch, dtype=torch.bool)
+            targets[:, 0] = False
+            nll = score(batch, None, targets).view(len(batch), -1).double()
+            sums += nll.sum(dim=1).tolist()
+            counts += [nll.shape[1]] * len(batch)
+            if progress is not None:
+                progress(sum(counts) + len(counts), len(ids))
+    return ratio_of_sums(np.array(sums), np.array(counts))
+
+
+def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> MeanLoss:
+    """Return sum(sums) / sum(counts) with its standard error by the delta method.
+
+    Texts are the independent units, weighted by their tokens (ratio estimator: Cochran, Sampling
+    Techniques, 3rd ed., eq. 6.13); ``nan`` standard error with a single text.
+
+    Raises:
+        BadData: no token was scored.
+    """
+    n_tokens = int(counts.sum())
+    if n_tokens == 0:
+        raise BadData(
+            "no completion token could be scored.",
+            try_="raise max_length, or check that the examples have completions",
+        )
+    mean = float(sums.sum() / n_tokens)
+    n_texts = int((counts > 0).sum())
+    if n_texts < 2:
+        return MeanLoss(mean, float("nan"), n_tokens)
+    residual = sums - mean * counts
+    variance = n_texts / (n_texts - 1) * float((residual**2).sum()) / n_tokens**2
+    return MeanLoss(mean, variance**0.5, n_tokens)
+
+
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), labels, reduction="none")
+
+
+def _right_padded(
+    rows: list[list[int]], length: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    ids = [row + [0] * (length - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,117 @@
+"""Write a model and its tokenizer as a checkpoint folder that old and new readers understand."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Save ``model`` and ``tokenizer`` to ``folder``, replacing what was there.
+
+    Weights are safetensors, exact zeros included. ``config.json`` repeats the rotary settings in
+    the places where transformers 4 looks for them, and the tokenizer is spelled so that older
+    ``tokenizers`` can read it. Everything is written to a temporary sibling and renamed, so a
+    killed process leaves the old folder or the new one.
+    """
+    with whole_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        # The template inside tokenizer_config.json is read by every version.
+        tokenizer.save_pretrained(temporary, save_jinja_files=False)
+        _repeat_rope_settings(temporary / "config.json")
+        _spell_tokenizer_plainly(temporary)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling that takes the place of ``folder`` when the block ends well.
+
+    When the block raises, the sibling is deleted and ``folder`` is as it was.
+    """
+    target = Path(folder).absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary.chmod(0o755)  # mkdtemp's 0700 would make the result unreadable to others
+    try:
+        yield temporary
+        _replace(target, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(target: Path, temporary: Path) -> None:
+    """Put ``temporary`` in the place of ``target``; what was there ends up at ``temporary``."""
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        # Without an atomic exchange there is one instant with neither folder in place.
+        aside = temporary.with_name(f"{temporary.name}.old")
+        target.rename(aside)
+        temporary.rename(target)
+        shutil.rmtree(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step where the system can (Linux); return whether it did."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+
+
+def _repeat_rope_settings(config_file: Path) -> None:
+    """Add ``rope_theta`` and kin to a config that has only the nested ``rope_parameters``.
+
+    Without them transformers 4 falls back to its own default frequencies, silently.
+    """
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    by_layer = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
+    for layer_type, old_name in by_layer.items():
+        if isinstance(rope.get(layer_type), dict) and "rope_theta" in rope[layer_type]:
+            config[old_name] = rope[layer_type]["rope_theta"]
+    _write_json(config_file, config)
+
+
+def _spell_tokenizer_plainly(folder: Path) -> None:
+    """Name the class and write the merges in the spelling that every ``tokenizers`` reads."""
+    settings_file = folder / "tokenizer_config.json"
+    if settings_file.exists():
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        if settings.get("tokenizer_class") == "TokenizersBackend":
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            _write_json(settings_file, settings)
+    tokenizer_file = folder / "tokenizer.json"
+    if tokenizer_file.exists():
+        tokenizer = json.loads(tokenizer_file.read_text(encoding="utf-8"))
+        merges = tokenizer["model"].get("merges")
+        # A merge whose half holds a space can only be written as a pair.
+        if merges and all(isinstance(m, list) and " " not in "".join(m) for m in merges):
+            tokenizer["model"]["merges"] = [" ".join(merge) for merge in merges]
+            _write_json(tokenizer_file, tokenizer)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,16 @@
+"""Run directory -> one self-contained HTML page, and its tables for terminal and Markdown."""
+
+from __future__ import annotations
+
+from elastune.report.html import write_report
+from elastune.report.load import RunData, load_run
+from elastune.report.tables import markdown_table, metrics_table, sparsity_table
+
+__all__ = [
+    "RunData",
+    "load_run",
+    "markdown_table",
+    "metrics_table",
+    "sparsity_table",
+    "write_report",
+]

@@ -1,0 +1,218 @@
+"""Four kinds of plot as inline SVG: lines, scatter, bars, heatmap. Colours are CSS classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from elastune.report.svg import (
+    CHARACTER_WIDTH,
+    WIDTH,
+    Frame,
+    Scale,
+    drawing,
+    padded,
+    path,
+    tag,
+    text,
+    tip,
+)
+
+SERIES = 6  # number of series colours in style.css (classes s0, s1, ...)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: the points drawn strongly, and the raw points that they smooth, drawn faintly."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    raw: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point of a scatter plot; ``style`` is a CSS class, ``error`` half the error bar."""
+
+    x: float
+    y: float
+    tip: str
+    style: str = "dot"
+    label: str = ""
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A horizontal bar; ``low`` and ``high`` draw a whisker, ``gap`` leaves room above."""
+
+    label: str
+    value: float
+    text: str
+    tip: str = ""
+    style: str = "s0"
+    low: float | None = None
+    high: float | None = None
+    gap: bool = False
+
+
+def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, title: str) -> str:
+    """Draw curves over a common frame, faint raw values behind."""
+    xs = [x for line in lines for x, _ in line.points]
+    smooth = [y for line in lines for _, y in line.points]
+    raw = sorted(y for line in lines for _, y in line.raw if math.isfinite(y))
+    # Spikes must not flatten the curves: the outer 2 % of raw values may leave the frame.
+    kept = raw[len(raw) // 50 : len(raw) - len(raw) // 50] if raw else []
+    x_range = (min(xs), max(xs)) if xs and max(xs) > min(xs) else padded(xs)
+    frame = Frame.around(x_range, padded(smooth + kept), (x_label, y_label))
+    parts = [frame.markup()]
+    for kind in ("raw", "smooth"):
+        for place, line in enumerate(lines):
+            points = line.raw if kind == "raw" else line.points
+            placed = [(frame.x(x), frame.y(y)) for x, y in points if math.isfinite(y)]
+            style = f"line {kind} s{place % SERIES}"
+            name = tip(line.name)
+            if len(placed) == 1:
+                (x, y) = placed[0]
+                parts.append(tag("circle", name, class_=f"dot s{place % SERIES}", cx=x, cy=y, r=4))
+            elif placed:
+                parts.append(tag("polyline", name, class_=style, points=path(placed)))
+    return drawing(frame.height, title, *parts)
+
+
+def scatter_chart(
+    marks: Sequence[Mark],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    front: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Draw points with error bars, labels that keep clear of each other, and a staircase front."""
+    marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
+    spread = [mark.y + sign * (mark.error or 0) for mark in marks for sign in (-1, 1)]
+    x_range = padded([mark.x for mark in marks], 0.1)
+    frame = Frame.around(x_range, padded(spread), (x_label, y_label))
+    parts = [frame.markup()]
+    corners: list[tuple[float, float]] = []
+    for x, y in front:
+        if corners:
+            corners.append((frame.x(x), corners[-1][1]))
+        corners.append((frame.x(x), frame.y(y)))
+    if corners:
+        parts.append(tag("polyline", class_="line front", points=path(corners)))
+    for mark in marks:
+        x, y = frame.x(mark.x), frame.y(mark.y)
+        if mark.error:
+            ends = {"y1": frame.y(mark.y - mark.error), "y2": frame.y(mark.y + mark.error)}
+            parts.append(tag("line", class_=f"error {mark.style}", x1=x, x2=x, **ends))
+        radius = 6.5 if "chosen" in mark.style else 3.5 if "small" in mark.style else 5
+        parts.append(tag("circle", tip(mark.tip), class_=mark.style, cx=x, cy=y, r=radius))
+    parts += _labels(marks, frame)
+    return drawing(frame.height, title, *parts)
+
+
+def _labels(marks: Sequence[Mark], frame: Frame) -> list[str]:
+    """Place each label at the first spot near its point that covers no other label or point."""
+    dots = [(frame.x(mark.x), frame.y(mark.y)) for mark in marks]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
+    parts = []
+    for mark, (x, y) in zip(marks, dots, strict=True):
+        if not mark.label:
+            continue
+        width = CHARACTER_WIDTH * len(mark.label)
+        spots = [(x + side, y + down) for down in _outward(14, 12) for side in (9, -9 - width)]
+        inside = [
+            (left, middle)
+            for left, middle in spots
+            if frame.x.start <= left and left + width <= WIDTH and 24 < middle < frame.y.start
+        ]
+        boxes = [(left, mid - 8, left + width, mid + 8) for left, mid in inside or spots]
+        box = next((b for b in boxes if not any(_overlap(b, t) for t in taken)), boxes[0])
+        taken.append(box)
+        middle = (box[1] + box[3]) / 2
+        if abs(middle - y) > 10:
+            end = box[0] - 2 if box[0] > x else box[2] + 2
+            parts.append(tag("line", class_="leader", x1=x, y1=y, x2=end, y2=middle))
+        parts.append(text(box[0], middle + 4, mark.label, class_="name"))
+    return parts
+
+
+def _outward(step: float, count: int) -> list[float]:
+    return [0.0, *(sign * step * k for k in range(1, count) for sign in (-1, 1))]
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def bar_chart(bars: Sequence[Bar], *, title: str, reference: float | None = None) -> str:
+    """Draw horizontal bars from zero, each with its label and its value written out."""
+    left = 12 + CHARACTER_WIDTH * max(len(bar.label) for bar in bars)
+    right = 12 + CHARACTER_WIDTH * max(len(bar.text) for bar in bars)
+    top = max([bar.high or bar.value for bar in bars] + [reference or 0]) or 1.0
+    scale = Scale(0.0, top, left, WIDTH - right)
+    parts, y = [], 6.0
+    for bar in bars:
+        y += 12 if bar.gap else 0
+        end = max(scale(bar.value), left + 1)
+        box = {"x": left, "y": y, "width": end - left, "height": 15.0, "rx": 2}
+        parts.append(text(left - 8, y + 12, bar.label, text_anchor="end", class_="name"))
+        parts.append(tag("rect", tip(bar.tip or bar.label), class_=f"bar {bar.style}", **box))
+        if bar.low is not None and bar.high is not None:
+            ends = {"x1": scale(bar.low), "x2": scale(bar.high), "y1": y + 7.5, "y2": y + 7.5}
+            parts.append(tag("line", class_="whisker", **ends))
+        shown = max(end, scale(bar.high) if bar.high is not None else end)
+        parts.append(text(shown + 7, y + 12, bar.text))
+        y += 23
+    if reference is not None:
+        x = scale(reference)
+        parts.append(tag("line", class_="leader", x1=x, x2=x, y1=2.0, y2=y))
+    return drawing(y + 4, title, *parts)
+
+
+def heatmap(
+    rows: Sequence[str],
+    columns: Sequence[int],
+    cells: Mapping[tuple[str, int], tuple[float, str]],
+    *,
+    domain: tuple[float, float],
+    x_label: str,
+    title: str,
+    gaps: Sequence[int] = (),
+) -> str:
+    """Draw ``cells[row, column] = (value, tooltip)``; darker is more, ``gaps`` part row groups."""
+    low, high = domain
+    left = 12 + CHARACTER_WIDTH * max(len(row) for row in rows)
+    wide = min((WIDTH - left - 8) / max(len(columns), 1), 40.0)
+    tall, y, parts = 18.0, 6.0, []
+    for place, row in enumerate(rows):
+        y += 10 if place in gaps else 0
+        parts.append(text(left - 7, y + 13, row, text_anchor="end", class_="name"))
+        for index, column in enumerate(columns):
+            if (row, column) not in cells:
+                continue
+            value, hint = cells[row, column]
+            share = (value - low) / (high - low) if high > low else 1.0
+            box = {"x": left + index * wide, "y": y, "width": wide - min(1.0, wide / 5)}
+            opacity = f"{opacity_of(share):.2f}"
+            parts.append(
+                tag("rect", tip(hint), class_="heat", fill_opacity=opacity, height=tall - 1, **box)
+            )
+        y += tall
+    every = next(
+        k for k in (1, 2, 5, 10, 20, 50, 100, 1000) if k * wide >= 22 or k * 8 >= len(columns)
+    )
+    for index, column in enumerate(columns):
+        if index % every == 0:
+            parts.append(
+                text(left + (index + 0.5) * wide, y + 15, str(column), text_anchor="middle")
+            )
+    parts.append(text(left - 7, y + 15, x_label, class_="label", text_anchor="end"))
+    return drawing(y + 24, title, *parts)
+
+
+def opacity_of(share: float) -> float:
+    """Map a share of the range 0..1 to the opacity of a heatmap cell; never quite invisible."""
+    return 0.08 + 0.92 * min(max(share, 0.0), 1.0)

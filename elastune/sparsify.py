@@ -1,0 +1,213 @@
+"""Zero the weights that matter least, and account for the zeros.
+
+Every linear layer inside the blocks is pruned; embeddings and the head stay dense, as in Wanda's
+and SparseGPT's papers. Calibrated methods go block by block through the blocks already pruned.
+
+Shapes: `O` out features, `I` in features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from elastune.calibrate import CalibrationBlock, calibration_blocks
+from elastune.errors import BadRecipe
+from elastune.importance import (
+    InputHessian,
+    InputNorm,
+    InputStatistic,
+    magnitude_scores,
+    sparsegpt_prune,
+    wanda_scores,
+)
+from elastune.models import architecture
+
+Method = Literal["magnitude", "wanda", "sparsegpt"]
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """How much is zeroed: a share of each row, or n of every m consecutive weights of a row."""
+
+    ratio: float
+    n_of_m: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, ratio: float | None = None, pattern: str | None = None) -> Sparsity:
+        """Read a ratio in [0, 1) or a pattern such as ``"2:4"`` (two zeros of every four).
+
+        Raises:
+            BadRecipe: out of range, not understood, or both given and in disagreement.
+        """
+        if pattern is not None:
+            parts = pattern.split(":")
+            if len(parts) != 2 or not all(part.strip().isdigit() for part in parts):
+                raise BadRecipe(f"sparsity pattern {pattern!r} is not like '2:4' or '4:8'")
+            n, m = int(parts[0]), int(parts[1])
+            if not 0 < n < m:
+                raise BadRecipe(f"sparsity pattern {pattern!r} must have 0 < n < m")
+            if ratio is not None and ratio != n / m:
+                raise BadRecipe(
+                    f"sparsity ratio {ratio} and pattern {pattern!r} (= {n / m}) disagree",
+                    try_="give one of them",
+                )
+            return cls(n / m, (n, m))
+        if ratio is None or not 0 <= ratio < 1:
+            raise BadRecipe(f"sparsity must be at least 0 and below 1, got {ratio}")
+        return cls(float(ratio))
+
+
+@torch.no_grad()
+def keep_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
+    """Return the mask of kept weights: per row, exactly ``floor(I * ratio)`` are dropped.
+
+    Args:
+        scores: ``(O, I)``, larger = keep.
+        sparsity: a share of each row, or n of each m neighbours.
+
+    Returns:
+        bool, ``(O, I)``.
+
+    Raises:
+        BadRecipe: rows cannot be cut into groups of m.
+    """
+    n_rows, n_columns = scores.shape
+    if sparsity.n_of_m is not None:
+        n, m = sparsity.n_of_m
+        if n_columns % m:
+            raise BadRecipe(f"rows of {n_columns} weights cannot be cut into groups of {m}")
+        grouped = scores.reshape(n_rows, n_columns // m, m)
+        dropped = grouped.topk(n, dim=2, largest=False).indices
+        mask = torch.ones_like(grouped, dtype=torch.bool).scatter_(2, dropped, False)
+        return mask.view(n_rows, n_columns)
+    n_dropped = int(n_columns * sparsity.ratio)
+    if n_dropped == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(n_dropped, dim=1, keepdim=True).values
+    mask = scores > threshold
+    # Ties at the threshold would drop too many: give the first of them back.
+    excess = n_columns - n_dropped - mask.sum(dim=1)
+    for row in excess.nonzero()[:, 0].tolist():
+        ties = (scores[row] == threshold[row]).nonzero()[:, 0]
+        mask[row, ties[: int(excess[row])]] = True
+    return mask
+
+
+@torch.no_grad()
+def sparsify_(
+    model: PreTrainedModel,
+    method: Method,
+    sparsity: Sparsity,
+    calibration: Tensor | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Zero weights of the linear layers in the model's blocks, in place.
+
+    Args:
+        model: of a known architecture.
+        method: see `METHODS`.
+        sparsity: how much.
+        calibration: token ids ``(N, L)``, needed by all methods but magnitude.
+        progress: called with (blocks done, blocks in all).
+
+    Returns:
+        Weight name -> bool mask of what was kept, ``(O, I)``.
+
+    Raises:
+        BadRecipe: unknown method, or calibration missing.
+    """
+    if method not in METHODS:
+        raise BadRecipe(f"unknown sparsifier {method!r}; known are {', '.join(METHODS)}")
+    statistic, prune = METHODS[method]
+    masks: dict[str, Tensor] = {}
+    record = architecture(model)
+    n_blocks = len(record.blocks_of(model))
+    if statistic is None:
+        for name in record.linear_names(model):
+            linear = model.get_submodule(name)
+            masks[f"{name}.weight"] = prune(linear, None, sparsity)
+        return masks
+    if calibration is None:
+        raise BadRecipe(f"{method} needs calibration text", try_="give it, or use magnitude")
+    for block in calibration_blocks(model, calibration):
+        statistics = _gather(block, statistic)
+        for role, linear in block.linears.items():
+            name = f"{block.name}.{record.roles[role]}.weight"
+            masks[name] = prune(linear, statistics[role], sparsity)
+        if progress is not None:
+            progress(block.index + 1, n_blocks)
+    return masks
+
+
+def _gather(
+    block: CalibrationBlock, statistic: Callable[[], InputStatistic]
+) -> dict[str, InputStatistic]:
+    """Run the block once, gathering one statistic for each input."""
+    statistics: dict[str, InputStatistic] = {}
+
+    def observe(roles: tuple[str, ...], x: Tensor) -> None:
+        if roles[0] not in statistics:
+            statistics.update(dict.fromkeys(roles, statistic()))
+        statistics[roles[0]].add(x)
+
+    block.observe(observe)
+    return statistics
+
+
+def _prune_magnitude(linear: Any, _: Any, sparsity: Sparsity) -> Tensor:
+    mask = keep_mask(magnitude_scores(linear.weight), sparsity)
+    linear.weight.masked_fill_(~mask, 0)
+    return mask
+
+
+def _prune_wanda(linear: Any, inputs: Any, sparsity: Sparsity) -> Tensor:
+    mask = keep_mask(wanda_scores(linear.weight, inputs), sparsity)
+    linear.weight.masked_fill_(~mask, 0)
+    return mask
+
+
+def _prune_sparsegpt(linear: Any, inputs: Any, sparsity: Sparsity) -> Tensor:
+    weight, mask = sparsegpt_prune(
+        linear.weight, inputs, ratio=sparsity.ratio, n_of_m=sparsity.n_of_m
+    )
+    linear.weight.copy_(weight)
+    return mask
+
+
+METHODS: Mapping[str, tuple[Callable[[], InputStatistic] | None, Callable[..., Tensor]]] = {
+    "magnitude": (None, _prune_magnitude),
+    "wanda": (InputNorm, _prune_wanda),
+    "sparsegpt": (InputHessian, _prune_sparsegpt),
+}
+"""Sparsifier -> (what it gathers about inputs, how it prunes a linear layer in place)."""
+
+
+def sparsity_report(model: PreTrainedModel, *, method: str, sparsity: Sparsity) -> dict[str, Any]:
+    """Count the exact zeros of every linear weight in the blocks: the content of sparsity.json."""
+    tensors: dict[str, Any] = {}
+    for name in architecture(model).linear_names(model):
+        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
+        zeros = int((weight == 0).sum())
+        tensors[f"{name}.weight"] = {
+            "shape": list(weight.shape),
+            "zeros": zeros,
+            "sparsity": zeros / weight.numel(),
+        }
+    zeros = sum(row["zeros"] for row in tensors.values())
+    weights = sum(row["shape"][0] * row["shape"][1] for row in tensors.values())
+    n_of_m = sparsity.n_of_m
+    return {
+        "schema": 1,
+        "method": method,
+        "ratio": sparsity.ratio,
+        "pattern": None if n_of_m is None else f"{n_of_m[0]}:{n_of_m[1]}",
+        "tensors": tensors,
+        "total": {"zeros": zeros, "weights": weights, "sparsity": zeros / weights},
+    }

@@ -1,0 +1,169 @@
+"""A model whose parts are elastic, and the one call that says which sub-network is active."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elastune.elastic.lora import ElasticLoRALinear, Scaling
+from elastune.errors import BadArtifact, InvalidSpace, InvalidSubnet, nearest
+from elastune.space import SearchSpace, SubnetConfig
+
+
+class SuperNetwork(nn.Module):
+    """A model and its search space; ``activate`` chooses what runs.
+
+    The model's own modules named by the space are replaced in place by elastic twins, and all of
+    its own weights are frozen. The largest sub-network is active first. Nothing here is random
+    after construction.
+
+    Args:
+        model: a transformers model; changed in place.
+        space: dims over module names of ``model``.
+        alpha: LoRA's alpha (for the largest rank).
+        dropout: on the adapters' inputs.
+        scaling: see `elastune.elastic.lora.Scaling`.
+        seed: of the adapters' initial weights.
+
+    Raises:
+        InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        space: SearchSpace,
+        *,
+        alpha: float = 64,
+        dropout: float = 0.0,
+        scaling: Scaling = "alpha/r_max",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.space = space
+        model.requires_grad_(False)
+        self.adapters = _add_adapters(model, space, alpha, dropout, scaling, seed)
+        self._members: list[tuple[str, list[ElasticLoRALinear]]] = [
+            (dim.name, [self.adapters[name] for name in dim.modules]) for dim in space.dims
+        ]
+        self._active = space.largest()
+        self.activate(self._active)
+
+    @property
+    def config(self) -> SubnetConfig:
+        """The active configuration."""
+        return self._active
+
+    def activate(self, config: SubnetConfig) -> None:
+        """Make ``config`` the sub-network that runs.
+
+        Raises:
+            InvalidSubnet: not in the space; what was active stays active.
+        """
+        if config not in self.space:
+            try:
+                self.space.check(config)
+            except InvalidSubnet as error:
+                raise InvalidSubnet(f"cannot activate {config.short()}: {error.message}") from None
+        for name, members in self._members:
+            size = config[name]
+            for member in members:
+                member.set_active(size)
+        self._active = config
+
+    @contextmanager
+    def active(self, config: SubnetConfig) -> Iterator[None]:
+        """Activate ``config``, and afterwards what was active before."""
+        before = self._active
+        self.activate(config)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the active sub-network: the wrapped model's own forward."""
+        return self.model(*args, **kwargs)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what training changes, by the name of the model's module: A and B of adapters."""
+        state = {}
+        for name, adapter in self.adapters.items():
+            state[f"{name}.lora_A"] = adapter.lora_A.detach()
+            state[f"{name}.lora_B"] = adapter.lora_B.detach()
+        return state
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copy in what `trained_state` returned.
+
+        Raises:
+            BadArtifact: names or shapes differ; names the first few, nothing is copied.
+        """
+        mine = self.trained_state()
+        wrong = [f"missing {name}" for name in mine if name not in state]
+        wrong += [f"unexpected {name}" for name in state if name not in mine]
+        wrong += [
+            f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+            for name, tensor in mine.items()
+            if name in state and state[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise BadArtifact(
+                f"these weights are not of this super-network: {'; '.join(wrong[:4])}"
+                + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+            )
+        with torch.no_grad():
+            for name, tensor in mine.items():
+                tensor.copy_(state[name])
+
+    def unwrap(self) -> PreTrainedModel:
+        """Put the model's own modules back and return it; this super-network is then of no use."""
+        for name, adapter in self.adapters.items():
+            self.model.set_submodule(name, adapter.base)
+        return self.model
+
+    def extra_repr(self) -> str:
+        return f"{self.space!r}, active: {self._active.short()}"
+
+
+def _add_adapters(
+    model: PreTrainedModel,
+    space: SearchSpace,
+    alpha: float,
+    dropout: float,
+    scaling: Scaling,
+    seed: int,
+) -> dict[str, ElasticLoRALinear]:
+    """Wrap every module of the space's rank dims; returns the wrappers by module name."""
+    modules = dict(model.named_modules())
+    largest: dict[str, int] = {}
+    for dim in space.dims:
+        for name in dim.modules:
+            module = modules.get(name)
+            if module is None:
+                raise InvalidSpace(
+                    f"{dim.name}: the model has no module {name!r}{nearest(name, modules)}"
+                )
+            if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+                raise InvalidSpace(f"{dim.name}: {name} is a {type(module).__name__}, not linear")
+            if name in largest:
+                raise InvalidSpace(f"{name} stands in two dims; one rank cannot follow both")
+            largest[name] = dim.choices[0]
+    full = max(largest.values())
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name, rank in largest.items():
+        # One scale for all adapters, alpha / (largest rank of the space), also where a dim's own
+        # largest rank is lower: as in the papers, where the scale does not follow the rank.
+        own_alpha = alpha * rank / full if scaling == "alpha/r_max" else alpha
+        adapter = ElasticLoRALinear.from_base(modules[name], rank, own_alpha, dropout, scaling)
+        adapter.reset(generator)
+        model.set_submodule(name, adapter)
+        adapters[name] = adapter
+    return adapters

@@ -1,0 +1,99 @@
+"""Benchmarks: one file each, one line each in ``TASKS``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from elastune.errors import BadRecipe, nearest
+from elastune.tasks.base import Example, Score, Task, TaskContext, normalise
+from elastune.tasks.custom import Custom
+from elastune.tasks.gsm8k import GSM8K
+from elastune.tasks.maths import (
+    MAWPS,
+    SVAMP,
+    AddSub,
+    AQuA,
+    MathInstruct,
+    MultiArith,
+    SingleEq,
+)
+from elastune.tasks.perplexity import Perplexity
+from elastune.tasks.reasoning_gym import ReasoningGym
+from elastune.tasks.sources import JSON_SUFFIXES, TEXT_SUFFIXES
+
+__all__ = ["TASKS", "Example", "Score", "Task", "TaskContext", "get_task", "normalise"]
+
+TASKS: dict[str, type[Task]] = {
+    "gsm8k": GSM8K,
+    "math_instruct": MathInstruct,
+    "aqua": AQuA,
+    "addsub": AddSub,
+    "multiarith": MultiArith,
+    "singleeq": SingleEq,
+    "svamp": SVAMP,
+    "mawps": MAWPS,
+    "wikitext2": Perplexity,
+    "perplexity": Perplexity,
+    "reasoning_gym": ReasoningGym,
+    "custom": Custom,
+}
+TAKES_ARGUMENT = ("perplexity", "reasoning_gym", "custom")
+
+
+def get_task(
+    name: str,
+    *,
+    data_dir: Path | None = None,
+    template: str | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Task:
+    """Return the task called ``name``.
+
+    Args:
+        name: a name of ``TASKS``, with an argument after a colon where it takes one
+            (``reasoning_gym:chain_sum``, ``perplexity:notes.txt``, ``custom:hub:owner/name``); or
+            the path of a .jsonl/.json file (a custom task) or .txt file (perplexity).
+        data_dir: folder of local data sets; None reads from the hub.
+        template: ``alpaca``, ``qa``, ``chat`` or ``none``; None is the task's own default
+            (``alpaca``, but ``qa`` for reasoning_gym and ``none`` for perplexity).
+        tokenizer: needed by chat prompts alone.
+        options: the task's own.
+
+    Raises:
+        BadRecipe: unknown task, template or option.
+        BadData: a package the task needs is missing.
+    """
+    base, _, argument = name.partition(":")
+    if base not in TASKS:
+        if name.endswith(JSON_SUFFIXES):
+            base, argument = "custom", name
+        elif name.endswith(TEXT_SUFFIXES):
+            base, argument = "perplexity", name
+        else:
+            raise BadRecipe(
+                f"task {name!r} is not known{nearest(base, TASKS)}; allowed: {', '.join(TASKS)}, "
+                "or the path of a .jsonl, .json or .txt file (also .gz).",
+            )
+    if argument and base not in TAKES_ARGUMENT:
+        raise BadRecipe(
+            f"task {base!r} takes no argument, but {argument!r} was given.", try_=f"task: {base}"
+        )
+    task_class = TASKS[base]
+    _check_options(base, task_class, options)
+    return task_class(TaskContext(argument, data_dir, template, tokenizer), **options)
+
+
+def _check_options(name: str, task_class: type[Task], options: dict[str, Any]) -> None:
+    parameters = inspect.signature(task_class).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for option in options:
+        if option not in allowed:
+            raise BadRecipe(
+                f"task {name!r} has no option {option!r}{nearest(option, allowed)}; "
+                f"allowed: {', '.join(allowed)}."
+            )

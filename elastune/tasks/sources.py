@@ -1,0 +1,155 @@
+"""Read rows from local files (jsonl, json, plain text, each also gzipped) and from the hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from elastune.errors import BadData, nearest
+
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a data set and where it stands, for messages.
+
+    Attributes:
+        values: field -> value.
+        place: file and line, e.g. ``train.jsonl line 7``.
+    """
+
+    values: dict[str, Any]
+    place: str
+
+    def get(self, field: str, *, try_: str | None = None) -> Any:
+        """Return the value of ``field``.
+
+        Raises:
+            BadData: the row lacks it (the message names the place and the fields present).
+        """
+        if field not in self.values:
+            raise BadData(
+                f"{self.place} has no field {field!r}{nearest(field, self.values)}; "
+                f"fields present: {', '.join(map(repr, self.values)) or 'none'}.",
+                try_=try_ or "name the fields of your data with the option `fields`",
+            )
+        return self.values[field]
+
+    def text(self, field: str) -> str:
+        """Return ``field`` as text; numbers are spelled out.
+
+        Raises:
+            BadData: the field is missing, null or not a string or number.
+        """
+        value = self.get(field)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        raise BadData(f"{self.place}: field {field!r} is {value!r}; it must be a string or number.")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a .jsonl file or of a .json file holding a list, plain or gzipped.
+
+    Raises:
+        BadData: no such file, not UTF-8 or gzip, bad JSON (with line number), a row that is no
+            object, or no row at all.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        rows = _rows_of_list(text, path)
+    else:
+        rows = list(_rows_of_lines(text, path))
+    if not rows:
+        raise BadData(f"{path} holds no rows.", try_="check that the file was written completely")
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, unpacked when its name ends in .gz.
+
+    Raises:
+        BadData: no such file, or it is not UTF-8 text or not valid gzip.
+    """
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = "" if path.parent.is_dir() else f"; there is no folder {path.parent} either"
+        raise BadData(f"there is no file {path}{nearest(path.name, siblings)}{where}.")
+    try:
+        with _open(path) as file:
+            return file.read()
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise BadData(
+            f"{path} cannot be read: {error}.", try_="store it as UTF-8 text, or gzip of it (.gz)"
+        ) from error
+
+
+def hub_rows(repo: str, *, split: str, subset: str | None = None) -> list[Row]:
+    """Return the rows of one split of a data set of the Hugging Face hub.
+
+    Raises:
+        BadData: the `datasets` package is missing, or the data set cannot be had.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise BadData(
+            f"reading {repo} from the hub needs the package datasets.",
+            try_="pip install 'elastune[data]'",
+        ) from error
+    try:
+        loaded = datasets.load_dataset(repo, subset, split=split)
+    except Exception as error:  # the hub client raises many unrelated classes
+        raise BadData(
+            f"the hub data set {repo} (subset {subset}, split {split}) cannot be loaded: {error}",
+            try_="check its name and your connection, or give a folder of local data: data_dir",
+        ) from error
+    rows = [Row(dict(row), f"{repo} {split} row {i}") for i, row in enumerate(loaded)]
+    if not rows:
+        raise BadData(f"the hub data set {repo} (subset {subset}, split {split}) holds no rows.")
+    return rows
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8")
+
+
+def _rows_of_lines(text: str, path: Path) -> Iterator[Row]:
+    # Not splitlines(): U+2028 and its kin may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path} line {number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadData(
+                f"{place} is not valid JSON: {error.msg} at column {error.colno}.",
+                try_="write one JSON object a line (.jsonl), or one list of objects (.json)",
+            ) from error
+        yield _row(values, place)
+
+
+def _rows_of_list(text: str, path: Path) -> list[Row]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadData(
+            f"{path} line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}."
+        ) from error
+    return [_row(value, f"{path} item {i}") for i, value in enumerate(values, start=1)]
+
+
+def _row(values: Any, place: str) -> Row:
+    if not isinstance(values, dict):
+        raise BadData(f"{place} is a {type(values).__name__}; every row must be a JSON object.")
+    return Row(values, place)

@@ -1,0 +1,375 @@
+"""Train all sub-networks of a super-network at once, on `transformers.Trainer`.
+
+The active sub-network is set outside of forward, once per optimizer step by default, so gradient
+checkpointing recomputes the same one. Draws depend on (seed, step) alone, so a resumed run draws
+what the uninterrupted one would have drawn.
+
+Sources: Shears (section 3.2) and LoNAS train one random sub-network a (micro-)step; EFTNAS a
+sandwich. Deviations: the warm-up is really applied, and by default gradient accumulation keeps one
+sub-network per optimizer step (``draw_per="micro_batch"`` draws as the papers' code does).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from elastune.data import IGNORED_LABEL, Encoded, PackedBatch, pack
+from elastune.errors import BadRecipe, TrainingDiverged
+from elastune.losses import completion_loss
+from elastune.packing import packed_attention
+from elastune.sampling import Sampler
+from elastune.supernet import SuperNetwork
+
+_WEIGHTS = "trained.safetensors"
+_COMPLETE = "complete"
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and how to train. Defaults are those of the Shears paper's runs."""
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    """Optimizer steps; overrides ``epochs``."""
+    batch_size: int = 16
+    """Sequences in a micro-batch, laid end to end without padding."""
+    accumulation: int = 1
+    """Micro-batches in an optimizer step."""
+    learning_rate: float = 3e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    """Share of the steps in which the learning rate climbs from 0."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_length: int = 512
+    """Tokens; longer examples are cut, those without room for a completion left out."""
+    draw_per: Literal["step", "micro_batch"] = "step"
+    precision: Precision = "auto"
+    """"auto" is bf16 autocast where a GPU has it, else float32."""
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 50
+    """Optimizer steps between checkpoints that a killed run goes on from."""
+    report_to: tuple[str, ...] = ()
+    """Trackers known to transformers, such as "tensorboard" or "trackio"."""
+    seed: int = 0
+
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called after each step with (steps done, steps in all, {"loss", "tokens_per_s"})."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run amounted to."""
+
+    steps: int
+    final_loss: float
+    seconds: float
+    tokens: int
+
+
+def train(
+    net: SuperNetwork,
+    examples: Sequence[Encoded],
+    sampler: Sampler,
+    cfg: TrainConfig,
+    *,
+    folder: Path,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Train ``net`` and leave ``trained.safetensors`` and ``train.jsonl`` in ``folder``.
+
+    A run that was killed goes on from its last complete checkpoint in ``folder`` to the same
+    weights as an uninterrupted one (bitwise on a CPU).
+
+    ``train.jsonl`` has one row a step: step, loss (nats per labelled token), lr, tokens, seconds,
+    and the configurations trained, as indices into each dim's choices.
+
+    Raises:
+        TrainingDiverged: the loss became NaN or infinite; the last checkpoint is kept.
+        BadRecipe: the settings ask for what this device cannot do.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = _StepLog(folder / "train.jsonl", net, progress)
+    with ExitStack() as stack:
+        stack.enter_context(packed_attention(net.model))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message=".*pin_memory.*")
+        trainer = _SuperNetworkTrainer(net, sampler, cfg, log, examples, folder)
+        started = time.monotonic()
+        outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    save_trained(net, folder)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    net.model.eval()
+    net.activate(net.space.largest())
+    seconds = time.monotonic() - started
+    return TrainResult(outcome.global_step, log.last_loss, seconds, log.tokens)
+
+
+def save_trained(net: SuperNetwork, folder: Path) -> None:
+    """Write what training changed, whole or not at all."""
+    partial = folder / f".{_WEIGHTS}.partial"
+    state = {name: tensor.contiguous().cpu() for name, tensor in net.trained_state().items()}
+    save_file(state, partial)
+    partial.replace(folder / _WEIGHTS)
+
+
+def load_trained(net: SuperNetwork, folder: Path) -> None:
+    """Read back what `save_trained` wrote.
+
+    Raises:
+        BadArtifact: the weights belong to another super-network.
+    """
+    net.load_trained_state(load_file(folder / _WEIGHTS))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint not in complete:
+            shutil.rmtree(checkpoint)
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return None if newest is None else str(newest)
+
+
+class _Step(nn.Module):
+    """What data parallelism wraps: packed batch in, summed loss out, by one forward call."""
+
+    def __init__(self, net: SuperNetwork) -> None:
+        super().__init__()
+        self.model = net.model
+
+    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor, starts: Any) -> Tensor:
+        batch = PackedBatch(input_ids, labels, positions, starts)
+        loss, _ = completion_loss(self.model, batch)
+        return loss
+
+
+def _collate(examples: Sequence[Encoded]) -> dict[str, Any]:
+    batch = pack(examples)
+    return {
+        "input_ids": batch.input_ids,
+        "labels": batch.labels,
+        "positions": batch.positions,
+        "starts": batch.starts,
+    }
+
+
+class _SuperNetworkTrainer(Trainer):
+    """Trains the draws of each step; everything else is the stock Trainer."""
+
+    def __init__(
+        self,
+        net: SuperNetwork,
+        sampler: Sampler,
+        cfg: TrainConfig,
+        log: _StepLog,
+        examples: Sequence[Encoded],
+        folder: Path,
+    ) -> None:
+        self.net = net
+        self.sampler = sampler
+        self.cfg = cfg
+        self.step_log = log
+        self.folder = folder
+        self._micro_batch = (-1, 0)
+        super().__init__(
+            model=_Step(net),
+            args=_arguments(cfg, folder),
+            data_collator=_collate,
+            train_dataset=list(examples),  # type: ignore[arg-type]
+            callbacks=[log],
+        )
+        self.remove_callback(PrinterCallback)
+        if cfg.gradient_checkpointing:
+            net.model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Count the labelled tokens of all micro-batches of a step, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum((batch["labels"] != IGNORED_LABEL).sum() for batch in batches)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
+        return batches, count
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Activate each draw in turn, and add up the gradients of their weighted losses."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        step = self.state.global_step
+        index, progress = self._draw_index(step)
+        draws = self.sampler.draw(index, progress)
+        total = torch.zeros((), device=self.args.device)
+        for draw in draws:
+            self.net.activate(draw.config)
+            with self.compute_loss_context_manager():
+                summed = model(**inputs)
+            # Gradients are averaged over processes, and each holds its own share of the tokens.
+            loss = summed * (draw.weight * self.args.world_size) / num_items_in_batch
+            self._refuse_divergence(loss, step)
+            self.accelerator.backward(loss)
+            total += loss.detach() / self.args.world_size
+        self.step_log.add(total, inputs["input_ids"].numel() * len(draws), draws)
+        return total
+
+    def _draw_index(self, step: int) -> tuple[int, float]:
+        """Return the number that this draw depends on, and how far the training is."""
+        last_step, micro = self._micro_batch
+        micro = micro + 1 if last_step == step else 0
+        self._micro_batch = (step, micro)
+        progress = step / max(self.state.max_steps, 1)
+        if self.cfg.draw_per == "step":
+            return step, progress
+        return step * self.cfg.accumulation + micro, progress
+
+    def _refuse_divergence(self, loss: Tensor, step: int) -> None:
+        if not math.isfinite(float(loss.detach())):
+            kept = _last_checkpoint(self.folder)
+            raise TrainingDiverged(
+                f"the loss became {float(loss.detach())} at step {step + 1}; "
+                + (f"{Path(kept).name} is kept" if kept else "no checkpoint had been written yet"),
+                try_="a lower train.learning_rate, a longer train.warmup, or train.precision=fp32",
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save what training changes, and nothing of the frozen base."""
+        folder = self.folder if output_dir is None else Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(self.net, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.net, Path(resume_from_checkpoint))
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Count nothing: the stock estimate ignores what is active."""
+        return 0
+
+
+def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
+    """Translate our settings into transformers' own."""
+    cuda = torch.cuda.is_available()
+    precision = cfg.precision
+    if precision == "auto":
+        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and not cuda:
+        raise BadRecipe(
+            "train.precision=fp16 needs a GPU, and there is none here", try_="fp32 or bf16"
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=cfg.epochs,
+        max_steps=cfg.max_steps or -1,
+        per_device_train_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.accumulation,
+        learning_rate=cfg.learning_rate,
+        lr_scheduler_type=cfg.schedule,
+        warmup_steps=cfg.warmup,
+        weight_decay=cfg.weight_decay,
+        max_grad_norm=cfg.max_grad_norm,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        save_strategy="steps",
+        save_steps=cfg.checkpoint_every,
+        save_total_limit=2,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=list(cfg.report_to) or "none",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=cuda,
+        seed=cfg.seed,
+        data_seed=cfg.seed,
+    )
+
+
+class _StepLog(TrainerCallback):
+    """Writes train.jsonl, marks checkpoints complete and tells the progress."""
+
+    def __init__(self, path: Path, net: SuperNetwork, progress: Progress | None) -> None:
+        self.path = path
+        self.space = net.space
+        self.progress = progress
+        self.last_loss = math.nan
+        self.tokens = 0
+        self._row: dict[str, Any] = {}
+        self._started = time.monotonic()
+
+    def add(self, loss: Tensor, tokens: int, draws: Sequence[Any]) -> None:
+        """Add a micro-batch to the row of the current step."""
+        row = self._row
+        row["loss"] = row.get("loss", 0.0) + float(loss)
+        row["tokens"] = row.get("tokens", 0) + tokens
+        configs = [list(self.space.encode(draw.config)) for draw in draws]
+        row.setdefault("configs", []).extend(c for c in configs if c not in row["configs"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Forget rows of steps that a killed run made after its last checkpoint."""
+        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = rows[: state.global_step]
+        self.tokens = sum(json.loads(row)["tokens"] for row in kept)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+        self._started = time.monotonic()
+        if self.progress is not None and kept:
+            self.progress(state.global_step, state.max_steps, {})
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Note the learning rate of the step: the schedule moves on before the step ends."""
+        self._row["lr"] = optimizer.param_groups[0]["lr"]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write the row of the step that just ended."""
+        now = time.monotonic()
+        seconds = now - self._started
+        self._started = now
+        row = {"step": state.global_step, **self._row, "seconds": round(seconds, 4)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._row = {}
+        self.last_loss = row["loss"]
+        self.tokens += row["tokens"]
+        if self.progress is not None:
+            speed = row["tokens"] / seconds if seconds > 0 else 0.0
+            facts = {"loss": row["loss"], "tokens_per_s": speed}
+            self.progress(state.global_step, state.max_steps, facts)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint as written to its end; only marked ones are resumed from."""
+        (self.path.parent / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
