@@ -20,9 +20,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -34,8 +35,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from elastune.config import TrainConfig
 from elastune.data import IGNORED_LABEL, Encoded, PackedBatch, pack
-from elastune.errors import BadRecipe, TrainingDiverged
+from elastune.errors import BadArtifact, BadRecipe, TrainingDiverged
 from elastune.losses import completion_loss
 from elastune.packing import packed_attention
 from elastune.sampling import Sampler
@@ -43,39 +45,6 @@ from elastune.supernet import SuperNetwork
 
 _WEIGHTS = "trained.safetensors"
 _COMPLETE = "complete"
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, how fast and how to train. Defaults are those of the Shears paper's runs."""
-
-    epochs: float = 3.0
-    max_steps: int | None = None
-    """Optimizer steps; overrides ``epochs``."""
-    batch_size: int = 16
-    """Sequences in a micro-batch, laid end to end without padding."""
-    accumulation: int = 1
-    """Micro-batches in an optimizer step."""
-    learning_rate: float = 3e-4
-    schedule: str = "cosine"
-    warmup: float = 0.03
-    """Share of the steps in which the learning rate climbs from 0."""
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_length: int = 512
-    """Tokens; longer examples are cut, those without room for a completion left out."""
-    draw_per: Literal["step", "micro_batch"] = "step"
-    precision: Precision = "auto"
-    """"auto" is bf16 autocast where a GPU has it, else float32."""
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = 50
-    """Optimizer steps between checkpoints that a killed run goes on from."""
-    report_to: tuple[str, ...] = ()
-    """Trackers known to transformers, such as "tensorboard" or "trackio"."""
-    seed: int = 0
-
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called after each step with (steps done, steps in all, {"loss", "tokens_per_s"})."""
@@ -142,9 +111,17 @@ def load_trained(net: SuperNetwork, folder: Path) -> None:
     """Read back what `save_trained` wrote.
 
     Raises:
-        BadArtifact: the weights belong to another super-network.
+        BadArtifact: missing, corrupt, or of another super-network.
     """
-    net.load_trained_state(load_file(folder / _WEIGHTS))
+    path = folder / _WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadArtifact(
+            f"the trained weights {path} cannot be read: {error}",
+            try_=f"delete {folder} and run again to train anew",
+        ) from error
+    net.load_trained_state(state)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -305,8 +282,8 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
-        seed=cfg.seed,
-        data_seed=cfg.seed,
+        seed=cfg.seed or 0,
+        data_seed=cfg.seed or 0,
     )
 
 

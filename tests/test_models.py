@@ -26,7 +26,7 @@ from transformers import (
 
 from elastune.errors import BadArtifact, BadRecipe, UnsupportedModel
 from elastune.models import load_model, save_model
-from elastune.models.save import whole_folder
+from elastune.files import whole_folder
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "mat", "a", "dog"]
 SMALL: dict[str, Any] = {
@@ -337,7 +337,7 @@ def test_a_killed_save_leaves_the_old_folder(llama_folder: Path) -> None:
     before = {p.name: p.read_bytes() for p in llama_folder.iterdir()}
     program = (
         "import os, sys\n"
-        "from elastune.models.save import whole_folder\n"
+        "from elastune.files import whole_folder\n"
         "with whole_folder(sys.argv[1]) as new:\n"
         "    (new / 'config.json').write_text('half')\n"
         "    os.kill(os.getpid(), 9)\n"

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from elastune.models.architecture import ARCHITECTURES, Architecture, architecture
-from elastune.models.load import load_model, save_model
+from elastune.models.load import load_model
+from elastune.models.save import save_model, write_model
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture", "load_model", "save_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "architecture",
+    "load_model",
+    "save_model",
+    "write_model",
+]

@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from elastune.errors import ElastuneError
-from elastune.models.save import whole_folder
+from elastune.files import whole_folder
 
 
 def cache_folder() -> Path:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
+from elastune.files import whole_folder
 
 
 def save_model(
@@ -29,50 +22,16 @@ def save_model(
     killed process leaves the old folder or the new one.
     """
     with whole_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        # The template inside tokenizer_config.json is read by every version.
-        tokenizer.save_pretrained(temporary, save_jinja_files=False)
-        _repeat_rope_settings(temporary / "config.json")
-        _spell_tokenizer_plainly(temporary)
+        write_model(model, tokenizer, temporary)
 
 
-@contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling that takes the place of ``folder`` when the block ends well.
-
-    When the block raises, the sibling is deleted and ``folder`` is as it was.
-    """
-    target = Path(folder).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    temporary.chmod(0o755)  # mkdtemp's 0700 would make the result unreadable to others
-    try:
-        yield temporary
-        _replace(target, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(target: Path, temporary: Path) -> None:
-    """Put ``temporary`` in the place of ``target``; what was there ends up at ``temporary``."""
-    if not target.exists():
-        temporary.rename(target)
-    elif not _exchange(temporary, target):
-        # Without an atomic exchange there is one instant with neither folder in place.
-        aside = temporary.with_name(f"{temporary.name}.old")
-        target.rename(aside)
-        temporary.rename(target)
-        shutil.rmtree(aside)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step where the system can (Linux); return whether it did."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    names = os.fsencode(first), os.fsencode(second)
-    return rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write what `save_model` does into an existing folder, which the caller makes whole."""
+    model.save_pretrained(folder)
+    # The template inside tokenizer_config.json is read by every version.
+    tokenizer.save_pretrained(folder, save_jinja_files=False)
+    _repeat_rope_settings(folder / "config.json")
+    _spell_tokenizer_plainly(folder)
 
 
 def _repeat_rope_settings(config_file: Path) -> None:

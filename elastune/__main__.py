@@ -1,0 +1,5 @@
+"""``python -m elastune``."""
+
+from elastune.cli import main
+
+main()

@@ -1,0 +1,231 @@
+"""The run directory: the one contract between stages, and the only place that knows file names.
+
+Everything is written beside its place and renamed into it, so that a killed run leaves the old or
+the new and nothing between. A stage is done when the manifest says so for the same inputs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elastune.config import Recipe, dump_recipe, make_recipe
+from elastune.errors import BadArtifact, BadRecipe
+from elastune.files import read_json, remove, write_json, write_text
+
+SCHEMA = 1
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a short hash of plain data."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class RunDirectory:
+    """A folder that holds one run of one recipe."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.recipe_file = root / "recipe.yaml"
+        self.manifest_file = root / "manifest.json"
+        self.base = root / "base"
+        self.space = root / "space.json"
+        self.supernet = root / "supernet"
+        self.search = root / "search"
+        self.subnets = root / "subnets"
+        self.predictions = root / "predictions"
+        self.metrics_file = root / "metrics.json"
+        self.report = root / "report.html"
+        self._pending_recipe: Recipe | None = None
+
+    def baseline(self, name: str) -> Path:
+        """Return the folder of a trained baseline, such as ``sparse+lora``."""
+        return self.root / "baselines" / name.replace("+", "-")
+
+    def prediction_file(self, row: str, task: str) -> Path:
+        """Return where the answers of one system to one task are kept."""
+        return self.predictions / f"{row}.{task.replace(':', '_').replace('/', '_')}.jsonl"
+
+    # -- the recipe ------------------------------------------------------------------------
+
+    def claim(self, recipe: Recipe, *, update: bool = False) -> None:
+        """Take the folder for ``recipe``, or go on with it; written when the first stage starts.
+
+        Raises:
+            BadRecipe: the folder holds a run of another recipe, or something else entirely.
+        """
+        if self.recipe_file.exists():
+            mine = recipe.model_dump(mode="json")
+            theirs = self.recipe().model_dump(mode="json")
+            if mine != theirs and not update:
+                raise BadRecipe(
+                    f"{self.root} holds a run of another recipe; they differ in "
+                    f"{', '.join(_differences(theirs, mine)[:6])}",
+                    try_="another --out, or --update to redo the stages that this changes",
+                )
+        elif self.root.exists() and any(path.name != ".lock" for path in self.root.iterdir()):
+            raise BadRecipe(
+                f"{self.root} is not empty and not a run directory", try_="another --out"
+            )
+        self._pending_recipe = recipe
+
+    def recipe(self) -> Recipe:
+        """Return the recipe this folder belongs to.
+
+        Raises:
+            BadArtifact: there is none.
+        """
+        if not self.recipe_file.is_file():
+            raise BadArtifact(
+                f"{self.root} is not a run directory: it has no recipe.yaml",
+                try_=f"elastune run RECIPE --out {self.root}",
+            )
+        data = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        return make_recipe(data, str(self.recipe_file))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder, so that two runs never write to it at once.
+
+        Raises:
+            BadRecipe: another process holds it.
+        """
+        created = [path for path in (self.root, *self.root.parents) if not path.exists()]
+        self.root.mkdir(parents=True, exist_ok=True)
+        path = self.root / ".lock"
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BadRecipe(
+                    f"another run is at work in {self.root}", try_="wait for it, or another --out"
+                ) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                for folder in created:  # innermost first; refused input leaves no trace
+                    if not any(folder.iterdir()):
+                        folder.rmdir()
+
+    # -- stages ----------------------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest: stage -> status, input hash, seconds; and the versions used."""
+        if not self.manifest_file.exists():
+            return {"schema": SCHEMA, "stages": {}, "versions": versions()}
+        return check_schema(read_json(self.manifest_file), self.manifest_file)
+
+    def is_done(self, stage: str, inputs: str) -> bool:
+        """Tell whether ``stage`` ended with these inputs."""
+        row = self.manifest()["stages"].get(stage)
+        return row is not None and row["status"] == "done" and row["input_hash"] == inputs
+
+    @contextmanager
+    def stage(self, name: str, inputs: str, *outputs: Path) -> Iterator[None]:
+        """Run a stage: outputs of other inputs are removed first, success is recorded last.
+
+        A stage that was begun with the same inputs keeps its outputs, to go on from them.
+        """
+        manifest = self.manifest()
+        row = manifest["stages"].get(name, {})
+        if row.get("input_hash") != inputs:
+            for path in outputs:
+                remove(path)
+        started = time.monotonic()
+        spent = row.get("seconds", 0.0) if row.get("input_hash") == inputs else 0.0
+        self._record(name, "started", inputs, spent)
+        try:
+            yield
+        except BaseException:
+            # Time spent before an interruption counts.
+            self._record(name, "started", inputs, spent + time.monotonic() - started)
+            raise
+        self._record(name, "done", inputs, spent + time.monotonic() - started)
+
+    def _record(self, stage: str, status: str, inputs: str, seconds: float) -> None:
+        if self._pending_recipe is not None:
+            write_text(self.recipe_file, dump_recipe(self._pending_recipe))
+            self._pending_recipe = None
+        manifest = self.manifest()
+        manifest["stages"][stage] = {
+            "status": status,
+            "input_hash": inputs,
+            "seconds": round(seconds, 2),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        manifest["versions"] = versions()
+        write_json(self.manifest_file, manifest)
+
+    # -- metrics ---------------------------------------------------------------------------
+
+    def metrics(self) -> dict[str, Any]:
+        """Return metrics.json, or an empty one."""
+        if not self.metrics_file.exists():
+            return {"schema": SCHEMA, "rows": [], "environment": environment()}
+        return check_schema(read_json(self.metrics_file), self.metrics_file)
+
+    def set_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace the rows of metrics.json."""
+        data = {"schema": SCHEMA, "rows": list(rows), "environment": environment()}
+        write_json(self.metrics_file, data)
+
+
+def check_schema(data: Any, path: Path) -> Any:
+    """Return ``data`` if it has the schema number this version writes.
+
+    Raises:
+        BadArtifact: it has another.
+    """
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA:
+        raise BadArtifact(f"{path} has schema {found!r}, this version reads {SCHEMA}")
+    return data
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what results depend on."""
+    from importlib.metadata import version
+    from platform import python_version
+
+    names = ("elastune", "torch", "transformers", "peft", "accelerate", "numpy")
+    return {"python": python_version(), **{name: version(name) for name in names}}
+
+
+def environment() -> dict[str, Any]:
+    """Return what measured figures depend on: the machine and the versions."""
+    import platform
+
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        **versions(),
+    }
+    import torch
+
+    facts["threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def _differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """Name the dotted keys in which two recipes differ, with both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in {**old, **new}:
+            inner = f"{place}.{key}" if place else str(key)
+            found += _differences(old.get(key), new.get(key), inner)
+        return found
+    return [] if old == new else [f"{place} ({old} there, {new} here)"]

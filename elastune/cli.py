@@ -1,0 +1,285 @@
+"""The command line: one subcommand per stage, each importing what it needs only when called."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from elastune.errors import BadRecipe, ElastuneError
+from elastune.version import __version__
+
+if TYPE_CHECKING:
+    from elastune.run import Run
+
+app = typer.Typer(
+    help="Compress and fine-tune Hugging Face transformers by weight-sharing architecture search.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe (.yaml), or a run directory to go on with.", metavar="RECIPE|RUN"
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Run directory; by default runs/<recipe's name>.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a setting of the recipe: section.key=value."),
+]
+Update = Annotated[
+    bool, typer.Option("--update", help="Go on in OUT with a changed recipe; redo what it changes.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
+
+
+@app.command()
+def run(
+    source: Source, out: Out = None, set_: Set = None, update: Update = False, json_: Json = False
+) -> None:
+    """Run a recipe from model to report; a killed run goes on where it stopped."""
+    with _errors(), _run(source, out, set_, update) as work:
+        from elastune.methods import METHODS
+
+        work.check()
+        METHODS[work.recipe.method](work)
+        _finish(work, json_)
+
+
+@app.command()
+def sparsify(
+    source: Source, out: Out = None, set_: Set = None, update: Update = False, json_: Json = False
+) -> None:
+    """Make the base model sparse and save it to RUN/base."""
+    with _errors(), _run(source, out, set_, update) as work:
+        from elastune.files import read_json
+        from elastune.report import sparsity_table
+
+        work.sparsify()
+        report = read_json(work.dir.base / "sparsity.json")
+        _show(report["total"] if json_ else sparsity_table(report))
+
+
+@app.command()
+def train(
+    source: Source, out: Out = None, set_: Set = None, update: Update = False, json_: Json = False
+) -> None:
+    """Train the super-adapter (and sparsify first, if that is not done)."""
+    with _errors(), _run(source, out, set_, update) as work:
+        work.check()
+        work.sparsify()
+        work.train_supernet()
+        _show({"supernet": str(work.dir.supernet)} if json_ else f"trained: {work.dir.supernet}")
+
+
+@app.command()
+def search(
+    source: Source, out: Out = None, set_: Set = None, update: Update = False, json_: Json = False
+) -> None:
+    """Score sub-adapters on the validation examples and choose the best."""
+    with _errors(), _run(source, out, set_, update) as work:
+        result = work.search()
+        best = result.best()
+        if json_:
+            _show({"best": dict(best.config), "values": dict(best.values)})
+            return
+        _show(f"best of {len(result.trials)} trials: {best.config.short()}")
+        _show(" ".join(f"{key} {value:.6g}" for key, value in best.values.items()))
+
+
+@app.command()
+def extract(
+    source: Source,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config", "-c", help="largest, heuristic, smallest, best, or JSON of dim -> choice."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Folder under RUN/subnets for a JSON configuration.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Write sub-adapters as stock PEFT adapters under RUN/subnets."""
+    with _errors(), _run(source, None, None, False) as work:
+        from elastune.run import named_config
+        from elastune.space import SearchSpace
+
+        known = work.chosen()
+        space = SearchSpace.from_dict(json.loads(work.dir.space.read_text()))
+        wanted = {}
+        for text in config or list(known):
+            is_json = text.lstrip().startswith("{")
+            wanted[(name or "custom") if is_json else text] = known.get(text) or named_config(
+                space, text
+            )
+        work.extract(wanted)
+        folders = [str(work.dir.subnets / key) for key in wanted]
+        _show({"subnets": folders} if json_ else "\n".join(folders))
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Systems to score, such as best or sparse.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Score baselines and sub-networks on the report examples, into RUN/metrics.json."""
+    with _errors(), _run(source, None, None, False) as work:
+        from elastune.measure import measure, systems
+
+        known = [system.name for system in systems(work)]
+        for wrong in set(only or []) - set(known):
+            raise BadRecipe(f"unknown system {wrong!r}; this run has {', '.join(known)}")
+        measure(work, only)
+        _finish(work, json_)
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    json_: Json = False,
+) -> None:
+    """Write RUN/report.html and print its main table."""
+    with _errors():
+        from elastune.artifacts import RunDirectory
+        from elastune.report import metrics_table, write_report
+
+        directory = RunDirectory(source)
+        directory.recipe()
+        page = write_report(source)
+        metrics = directory.metrics()
+        _show({"report": str(page), **metrics} if json_ else metrics_table(metrics))
+        if not json_:
+            _show(f"report: {page}")
+
+
+@app.command()
+def demo(out: Out = None, set_: Set = None, json_: Json = False) -> None:
+    """Run Shears on a small real LLM: about ten minutes on two cores, no hub access."""
+    recipe = Path(__file__).with_name("demo.yaml")
+    run(recipe, out or Path("runs/demo"), set_, False, json_)
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Show versions, devices and what is installed."""
+    with _errors():
+        from elastune.doctor import doctor_table, examine
+
+        facts = examine()
+        _show(facts if json_ else doctor_table(facts))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    if version:
+        _out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@contextmanager
+def _run(
+    source: Path, out: Path | None, overrides: list[str] | None, update: bool
+) -> Iterator[Run]:
+    """Open the run directory of a recipe, or the recipe of a run directory."""
+    from elastune.artifacts import RunDirectory
+    from elastune.config import load_recipe
+
+    if source.is_dir():
+        if out is not None and out != source:
+            raise BadRecipe(f"{source} is a run directory already; --out {out} cannot apply")
+        directory = RunDirectory(source)
+        directory.recipe()
+        recipe = load_recipe(directory.recipe_file, overrides or [])
+    else:
+        recipe = load_recipe(source, overrides or [])
+        directory = RunDirectory(out or Path("runs") / source.stem)
+    _be_quiet()
+    from elastune.console import ConsoleReporter
+    from elastune.run import Run
+
+    with directory.lock():
+        directory.claim(recipe, update=update)
+        yield Run(directory, recipe, ConsoleReporter(_err))
+
+
+def _finish(work: Run, as_json: bool) -> None:
+    from elastune.report import metrics_table, write_report
+
+    page = write_report(work.dir.root)
+    metrics = work.dir.metrics()
+    if as_json:
+        _show({"report": str(page), **metrics})
+    else:
+        _show(metrics_table(metrics))
+        _show(f"report: {page}")
+
+
+def _show(what: Any) -> None:
+    """Print a table or a line for people, or JSON for machines."""
+    if isinstance(what, dict):
+        sys.stdout.write(json.dumps(what) + "\n")
+    else:
+        _out.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+
+def _be_quiet() -> None:
+    """Keep other libraries' progress bars and notices out of ours."""
+    import logging
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("elastune").setLevel(logging.INFO)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn bad input into one message and exit code 2; Ctrl-C into one line."""
+    try:
+        yield
+    except ElastuneError as error:
+        _err.print("[bold red]error:[/] ", end="")
+        _err.print(error.message, markup=False, highlight=False, soft_wrap=True)
+        if error.try_:
+            _err.print("[bold]try:[/] ", end="")
+            _err.print(error.try_, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _err.print("[bold red]error:[/] ", end="")
+        _err.print(f"cannot write: {error}", markup=False, highlight=False, soft_wrap=True)
+        _err.print("[bold]try:[/] free some space or choose another --out; run again to go on")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        _err.print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

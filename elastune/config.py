@@ -1,0 +1,280 @@
+"""Recipes: YAML files, overridden by ``section.key=value``, checked before anything is written.
+
+A recipe is the whole description of a run. Defaults are the published settings where there are
+some. No torch is imported here, so a bad recipe is refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from elastune.errors import BadRecipe, nearest
+
+BASELINES = ("dense", "dense+lora", "sparse", "sparse+lora")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _shorthand(value: Any) -> Any:
+    """Let ``task: gsm8k`` stand for ``task: {name: gsm8k}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _listed(value: Any) -> Any:
+    """Let a single item, or a comma-separated string, stand for a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class TaskConfig(_Section):
+    """A benchmark or a data set of the user's own."""
+
+    name: str
+    """A known task (``elastune doctor`` lists them), or the path of a .jsonl or .txt file."""
+    template: str | None = None
+    """How questions are worded: alpaca, qa, chat, none; by default the task's own."""
+    limit: int | None = Field(None, ge=1)
+    """Score at most this many report examples (drawn once, by a fixed seed)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The task's own options."""
+
+
+Task = Annotated[TaskConfig, BeforeValidator(_shorthand)]
+
+
+class DataConfig(_Section):
+    """How the training side is cut. Report examples come from the tasks' own test sets."""
+
+    dir: Path | None = None
+    """Folder of local data sets; without it they come from the hub."""
+    n_train: int | None = Field(None, ge=1)
+    """Training examples; by default all that validation leaves."""
+    n_validation: int = Field(64, ge=1)
+    """Examples cut from the training side for the search."""
+
+
+class CalibrationConfig(_Section):
+    """Text that sparsifiers look at. Packed: every sequence has full length."""
+
+    source: str = "task"
+    """"task" (training examples), "c4", or the path of a text file."""
+    n_sequences: int = Field(128, ge=1)
+    length: int = Field(2048, ge=2)
+    """Tokens a sequence; at most what the model can read."""
+
+
+class SparsifyConfig(_Section):
+    """How the base is made sparse."""
+
+    method: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = 0.5
+    """Share of zeros in each row; 0 leaves the base dense."""
+    pattern: str | None = None
+    """"2:4" or "4:8": n zeros of every m weights; overrides ``ratio``."""
+    calibration: CalibrationConfig = CalibrationConfig()
+
+
+class AdapterConfig(_Section):
+    """The elastic low-rank adapter."""
+
+    ranks: list[int] | dict[str, list[int]] = [32, 24, 16]
+    """Choices for every dim, or patterns over dim names ("*.down", "layers.0.*") -> choices."""
+    max_rank: int | None = Field(None, ge=1)
+    """Upper bound that all ranks must keep."""
+    alpha: float = Field(64, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    scaling: Literal["alpha/r_max", "alpha/r", "rslora"] = "alpha/r_max"
+    targets: Annotated[list[str], BeforeValidator(_listed)] = ["q", "k", "v", "up", "gate", "down"]
+    groups: dict[str, list[str]] | None = None
+    """Projections that share a rank, by the group's name; by default qkv, up_gate, down, o."""
+
+
+class TrainConfig(_Section):
+    """How long, how fast and how to train. Defaults are those of the Shears paper's runs."""
+
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides ``epochs``."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences in a micro-batch, laid end to end without padding."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches in an optimizer step."""
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: str = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate climbs from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_length: int = Field(512, ge=2)
+    """Tokens; longer examples are cut, those without room for a completion left out."""
+    sampler: Literal["random", "sandwich", "progressive"] = "random"
+    draw_per: Literal["step", "micro_batch"] = "step"
+    """When a new sub-network is drawn; the papers' code draws one per micro-batch."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """"auto" is bf16 autocast where a GPU has it, else float32."""
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints that a killed run goes on from."""
+    report_to: Annotated[list[str], BeforeValidator(_listed)] = []
+    """Trackers known to transformers, such as tensorboard or trackio."""
+    seed: int | None = None
+    """Of data order, adapters and draws; by default the recipe's."""
+
+
+class SearchConfig(_Section):
+    """How sub-adapters are looked for, on the validation examples."""
+
+    algorithm: Literal["random"] = "random"
+    trials: int = Field(12, ge=0)
+    """Configurations to score; heuristic, largest and smallest are the first three."""
+    objective: Literal["loss", "score"] = "loss"
+    """Mean loss of the right answers, or the task's own metric."""
+
+
+class EvaluateConfig(_Section):
+    """What is measured for the report, and on what."""
+
+    tasks: list[Task] = []
+    """Benchmarks to report; by default the training task's own."""
+    batch_tokens: int = Field(8192, ge=1)
+    """Tokens in one batch; lower it when memory runs out."""
+    macs_length: int = Field(256, ge=1)
+    """Tokens of the forward pass that MACs are counted for."""
+    latency: bool = False
+    """Measure the latency of that forward pass on this device, too."""
+
+
+class Recipe(_Section):
+    """A whole run."""
+
+    method: Literal["shears"] = "shears"
+    model: str
+    """Built-in name, hub id, folder, or .gguf file."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trust_remote_code: bool = False
+    seed: int = 0
+    task: Task
+    data: DataConfig = DataConfig()
+    sparsify: SparsifyConfig = SparsifyConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    train: TrainConfig = TrainConfig()
+    search: SearchConfig = SearchConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    baselines: Annotated[list[str], BeforeValidator(_listed)] = list(BASELINES)
+    """What the results are compared with; LoRA baselines train as long as the super-adapter."""
+
+    @property
+    def report_tasks(self) -> list[TaskConfig]:
+        """The tasks that the report scores."""
+        return list(self.evaluate.tasks) or [self.task]
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        BadRecipe: missing file, not YAML, unknown key (the nearest is named), value out of range.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRecipe(
+            f"cannot read the recipe {path}: {error}", try_="a file of recipes/, or a path to one"
+        ) from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise BadRecipe(f"{path} is not a recipe: it must be a YAML mapping of settings")
+    for override in overrides:
+        _apply(data, override)
+    return make_recipe(data, str(path))
+
+
+def make_recipe(data: Mapping[str, Any], source: str) -> Recipe:
+    """Check the settings of a recipe.
+
+    Raises:
+        BadRecipe: with every mistake, one a line.
+    """
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise BadRecipe(f"{source}: " + "\n  ".join(lines)) from None
+    for name in recipe.baselines:
+        if name not in BASELINES:
+            raise BadRecipe(
+                f"{source}: unknown baseline {name!r}{nearest(name, BASELINES)}; "
+                f"known are {', '.join(BASELINES)}"
+            )
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Return the resolved recipe as YAML, with every default spelled out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key."""
+    key, equals, value = override.partition("=")
+    if not equals or not key.strip():
+        raise BadRecipe(f"--set {override!r} is not of the form section.key=value")
+    *sections, last = key.strip().split(".")
+    place = data
+    for section in sections:
+        inner = place.get(section)
+        if isinstance(inner, str):  # a shorthand such as `task: gsm8k`
+            inner = {"name": inner}
+        if inner is not None and not isinstance(inner, dict):
+            raise BadRecipe(f"--set {override!r}: {section!r} has no keys of its own")
+        place[section] = inner = dict(inner or {})
+        place = inner
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadRecipe(f"--set {override!r}: the value is not valid YAML") from error
+    # YAML 1.1 reads 3e-4 (no dot) as text.
+    if isinstance(place[last], str):
+        with contextlib.suppress(ValueError):
+            place[last] = float(place[last])
+
+
+def _explain(item: Any) -> str:
+    """Say one validation error in the user's words."""
+    place = [part for part in item["loc"] if part not in _UNION_TAGS]
+    key = ".".join(str(part) for part in place)
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(place[:-1])
+        hint = nearest(str(place[-1]), known)
+        return f"unknown key {key!r}{hint}; known here are {', '.join(known)}"
+    if item["type"] == "missing":
+        return f"{key!r} is missing"
+    return f"{key}: {item['msg'].lower()}, got {item['input']!r}"
+
+
+_UNION_TAGS = ("list[int]", "dict[str,list[int]]")
+
+
+def _keys_at(place: Iterable[Any]) -> list[str]:
+    """Return the keys of the section at a place in the recipe."""
+    model: Any = Recipe
+    for part in place:
+        if isinstance(part, int) or not hasattr(model, "model_fields"):
+            continue
+        annotation = model.model_fields[part].annotation
+        inner = [annotation, *getattr(annotation, "__args__", ())]
+        found = [kind for kind in inner if hasattr(kind, "model_fields")]
+        model = found[0] if found else TaskConfig
+    return list(model.model_fields)

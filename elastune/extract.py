@@ -1,0 +1,107 @@
+"""A super-network and a configuration -> a stock PEFT adapter.
+
+The active rows of A and columns of B are written as they are, with the rank of each module in
+``rank_pattern`` and its alpha in ``alpha_pattern``, so that plain `peft` computes the same
+function. Modules of rank 0 are left out of ``target_modules``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+from torch import Tensor
+
+from elastune.errors import InvalidSubnet
+from elastune.files import whole_folder, write_text
+from elastune.space import SubnetConfig
+from elastune.supernet import SuperNetwork
+
+_TASK_TYPES = {
+    "CausalLM": TaskType.CAUSAL_LM,
+    "SequenceClassification": TaskType.SEQ_CLS,
+    "QuestionAnswering": TaskType.QUESTION_ANS,
+}
+
+
+@dataclass(frozen=True)
+class PeftAdapter:
+    """An extracted sub-adapter.
+
+    Attributes:
+        config: the configuration it was cut for.
+        weights: module name -> (A ``(r, I)``, B ``(O, r)``, what multiplies B A).
+        task_type: of the model it belongs to.
+    """
+
+    config: SubnetConfig
+    weights: dict[str, tuple[Tensor, Tensor, float]]
+    task_type: TaskType | None
+
+    def save(self, folder: Path, *, base: str | None = None) -> None:
+        """Write ``adapter_config.json``, ``adapter_model.safetensors`` and ``subnet.json``.
+
+        Args:
+            folder: replaced whole.
+            base: where the base model is loaded from, noted in the adapter's config.
+        """
+        ranks = Counter(a.shape[0] for a, _, _ in self.weights.values())
+        rank = ranks.most_common(1)[0][0]
+        alphas = {name: scale * a.shape[0] for name, (a, _, scale) in self.weights.items()}
+        alpha = Counter(
+            alphas[name] for name, (a, _, _) in self.weights.items() if a.shape[0] == rank
+        ).most_common(1)[0][0]
+        lora = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            target_modules=sorted(self.weights),
+            rank_pattern={
+                re.escape(name): a.shape[0]
+                for name, (a, _, _) in self.weights.items()
+                if a.shape[0] != rank
+            },
+            alpha_pattern={
+                re.escape(name): value  # type: ignore[misc]
+                for name, value in alphas.items()
+                if value != alpha
+            },
+            base_model_name_or_path=base,
+            task_type=self.task_type,
+            inference_mode=True,
+        )
+        tensors = {}
+        for name, (a, b, _) in self.weights.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous().cpu()
+        with whole_folder(folder) as partial:
+            lora.save_pretrained(str(partial))
+            save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
+            write_text(partial / "subnet.json", self.config.to_json() + "\n")
+
+
+def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
+    """Cut the sub-adapter of ``config`` out of a super-network.
+
+    Raises:
+        InvalidSubnet: not in the space, or all ranks are 0 (the base alone is that sub-network).
+    """
+    with net.active(config):
+        weights = {
+            name: adapter.extract()
+            for name, adapter in net.adapters.items()
+            if adapter.active_rank > 0
+        }
+    if not weights:
+        raise InvalidSubnet(
+            "every rank of this sub-network is 0, so there is no adapter to extract",
+            try_="use the base model as it is",
+        )
+    name = type(net.model).__name__
+    task_type = next((kind for end, kind in _TASK_TYPES.items() if name.endswith(end)), None)
+    if name.endswith("LMHeadModel"):
+        task_type = TaskType.CAUSAL_LM
+    return PeftAdapter(config, weights, task_type)

@@ -1,0 +1,12 @@
+"""Published methods: each a straight line of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from elastune.methods.shears import shears
+from elastune.run import Run
+
+METHODS: Mapping[str, Callable[[Run], None]] = {"shears": shears}
+
+__all__ = ["METHODS", "shears"]

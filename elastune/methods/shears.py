@@ -1,0 +1,26 @@
+"""Shears (Munoz et al., NAACL 2024): a sparse base, an elastic adapter, and a choice of its parts.
+
+1. Wanda zeroes a share of the frozen base's weights (section 3.1).
+2. Neural Low-rank adapter Search trains one random sub-adapter a step (section 3.2).
+3. A sub-adapter is chosen: the heuristic needs no search (section 3.3).
+
+Beyond the paper: every baseline is trained for the same steps on the same batches and scored on
+the same examples.
+"""
+
+from __future__ import annotations
+
+from elastune.measure import measure
+from elastune.run import Run
+
+
+def shears(run: Run) -> None:
+    """Run the whole method; stages that are done are skipped."""
+    run.sparsify()
+    run.train_supernet()
+    for name in run.recipe.baselines:
+        if name.endswith("+lora"):
+            run.train_baseline(name)
+    run.search()
+    run.extract(run.chosen())
+    measure(run)

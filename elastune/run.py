@@ -1,0 +1,388 @@
+"""The stages of a run, each from the files of the stages before it to files of its own.
+
+A method (`elastune.methods`) is a straight line of these. Every stage is skipped when its inputs
+did not change since it was done, and goes on where it was killed otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from elastune.artifacts import RunDirectory, fingerprint
+from elastune.build_space import lora_space
+from elastune.calibration_text import calibration_texts
+from elastune.config import Recipe, TaskConfig
+from elastune.cost import CostModel
+from elastune.data import Splits, calibration_rows, encode_all, make_splits
+from elastune.errors import BadArtifact, BadRecipe
+from elastune.extract import extract
+from elastune.files import read_json, whole_folder, write_json
+from elastune.models import load_model, write_model
+from elastune.objective import make_objective
+from elastune.progress import Reporter
+from elastune.sampling import RandomSampler, make_sampler
+from elastune.search import SearchResult, search
+from elastune.space import SearchSpace, SubnetConfig
+from elastune.sparsify import Sparsity, sparsify_, sparsity_report
+from elastune.supernet import SuperNetwork
+from elastune.tasks import Task, get_task
+from elastune.train import load_trained, train
+
+
+class Run:
+    """A recipe at work in a run directory."""
+
+    def __init__(self, directory: RunDirectory, recipe: Recipe, reporter: Reporter) -> None:
+        self.dir = directory
+        self.recipe = recipe
+        self.reporter = reporter
+
+    # -- inputs of every stage, by hash ----------------------------------------------------
+
+    @property
+    def sparsity(self) -> Sparsity:
+        """How sparse the base becomes."""
+        cfg = self.recipe.sparsify
+        return Sparsity.parse(None if cfg.pattern else cfg.ratio, cfg.pattern)
+
+    def inputs(self, stage: str, extra: Any = None) -> str:
+        """Return the hash of all that the outcome of a stage depends on."""
+        recipe = self.recipe
+        data = [recipe.task, recipe.data, recipe.seed]
+        model = [recipe.model, recipe.dtype]
+        base = [*model, recipe.sparsify, recipe.seed]
+        if recipe.sparsify.calibration.source == "task":
+            base += data
+        trained = [*data, recipe.adapter, recipe.train]
+        parts: dict[str, list[Any]] = {
+            "sparsify": base,
+            "train": [*base, *trained],
+            "dense+lora": [*model, *trained],
+            "sparse+lora": [*base, *trained],
+            "search": [*base, *trained, recipe.search],
+            "dense": model,
+            "sparse": base,
+        }
+        plain = [p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts[stage]]
+        return fingerprint(plain, extra)
+
+    # -- data and models -------------------------------------------------------------------
+
+    def task(self, cfg: TaskConfig) -> Task:
+        """Build a task of the recipe."""
+        return get_task(
+            cfg.name,
+            data_dir=self.recipe.data.dir,
+            template=cfg.template,
+            tokenizer=self.tokenizer,
+            **cfg.options,
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return self.load_dense()[1]
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The examples, checked to share no question between splits."""
+        recipe = self.recipe
+        report = {c.name: self.task(c).report_examples() for c in recipe.report_tasks}
+        return make_splits(
+            self.task(recipe.task).train_examples(),
+            report,
+            n_train=recipe.data.n_train,
+            n_validation=recipe.data.n_validation,
+            n_calibration=4 * recipe.sparsify.calibration.n_sequences,
+            seed=recipe.seed,
+        )
+
+    def report_examples(self, cfg: TaskConfig) -> list[Any]:
+        """Return the examples a task is reported on: all, or a fixed sample of ``limit``."""
+        examples = self.splits.report[cfg.name]
+        if cfg.limit is None or cfg.limit >= len(examples):
+            return examples
+        if self.task(cfg).kind == "perplexity":
+            return examples[: cfg.limit]
+        chosen = np.random.default_rng(0).choice(len(examples), cfg.limit, replace=False)
+        return [examples[i] for i in sorted(chosen)]
+
+    def load_dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the model that the recipe names."""
+        device = "cuda" if torch.cuda.is_available() else None
+        model, tokenizer = load_model(
+            self.recipe.model,
+            dtype=self.recipe.dtype,
+            device=device,
+            trust_remote_code=self.recipe.trust_remote_code,
+        )
+        self.__dict__.setdefault("tokenizer", tokenizer)
+        return model, tokenizer
+
+    def load_sparse(self) -> PreTrainedModel:
+        """Load what `sparsify` made, and check that its zeros are all there.
+
+        Raises:
+            BadArtifact: it is missing, corrupt, or has other zeros than sparsity.json says.
+        """
+        if not self.dir.is_done("sparsify", self.inputs("sparsify")):
+            raise BadArtifact(
+                f"{self.dir.base} is missing or of another recipe", try_="elastune sparsify RUN"
+            )
+        device = "cuda" if torch.cuda.is_available() else None
+        model, _ = load_model(self.dir.base, dtype=self.recipe.dtype, device=device)
+        expected = read_json(self.dir.base / "sparsity.json")["total"]["zeros"]
+        found = sparsity_report(model, method="", sparsity=self.sparsity)["total"]["zeros"]
+        if found != expected:
+            raise BadArtifact(
+                f"{self.dir.base} has {found} zero weights, its sparsity.json says {expected}",
+                try_="delete it and run again",
+            )
+        return model
+
+    def space_of(self, model: PreTrainedModel) -> SearchSpace:
+        """Build the recipe's search space over a model."""
+        cfg = self.recipe.adapter
+        return lora_space(
+            model, cfg.ranks, targets=cfg.targets, groups=cfg.groups, max_rank=cfg.max_rank
+        )
+
+    def super_network(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
+        """Make a model elastic as the recipe says."""
+        cfg = self.recipe.adapter
+        return SuperNetwork(
+            model,
+            space,
+            alpha=cfg.alpha,
+            dropout=cfg.dropout,
+            scaling=cfg.scaling,
+            seed=self.recipe.seed,
+        )
+
+    # -- stages ----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Load model and data once, so that bad input is refused before anything is written."""
+        model, _ = self.load_dense()
+        self.space_of(model)
+        splits = self.splits
+        cfg = self.recipe.train
+        encode_all(splits.train[: cfg.batch_size], self.tokenizer, cfg.max_length)
+        self.reporter.say(
+            f"{len(splits.train)} training, {len(splits.validation)} validation and "
+            + ", ".join(
+                f"{len(self.report_examples(c))} {c.name}" for c in self.recipe.report_tasks
+            )
+            + " report examples; no question in two splits"
+        )
+
+    def sparsify(self) -> None:
+        """Prune the base and save it with its account of zeros."""
+        inputs = self.inputs("sparsify")
+        if self.dir.is_done("sparsify", inputs):
+            return
+        cfg = self.recipe.sparsify
+        model, tokenizer = self.load_dense()
+        with (
+            self.dir.stage("sparsify", inputs, self.dir.base),
+            self.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar,
+        ):
+            if self.sparsity.ratio > 0:
+                rows = None if cfg.method == "magnitude" else self._calibration_rows(model)
+                sparsify_(model, cfg.method, self.sparsity, rows, progress=bar)
+            report = sparsity_report(model, method=cfg.method, sparsity=self.sparsity)
+            with whole_folder(self.dir.base) as partial:
+                write_model(model, tokenizer, partial)
+                write_json(partial / "sparsity.json", report)
+        self.reporter.say(f"{report['total']['sparsity']:.2%} of the blocks' weights are zero")
+
+    def _calibration_rows(self, model: PreTrainedModel) -> Tensor:
+        cfg = self.recipe.sparsify.calibration
+        longest = getattr(model.config, "max_position_embeddings", None) or cfg.length
+        if cfg.source == "task":
+            texts = [example.prompt + example.completion for example in self.splits.calibration]
+        else:
+            texts = calibration_texts(cfg.source, self.recipe.data.dir)
+        return calibration_rows(
+            texts,
+            self.tokenizer,
+            n_sequences=cfg.n_sequences,
+            length=min(cfg.length, longest),
+            seed=self.recipe.seed,
+        )
+
+    def train_supernet(self) -> None:
+        """Train the elastic adapter on the sparse base."""
+        inputs = self.inputs("train")
+        if self.dir.is_done("train", inputs):
+            return
+        model = self.load_sparse()
+        space = self.space_of(model)
+        with self.dir.stage("train", inputs, self.dir.supernet, self.dir.space):
+            write_json(self.dir.space, space.to_dict())
+            sampler = make_sampler(self.recipe.train.sampler, space, self.recipe.seed)
+            self._train(model, space, sampler, self.dir.supernet, "super-adapter")
+
+    def train_baseline(self, name: str) -> None:
+        """Train a plain LoRA of the largest ranks for the same steps on the same batches."""
+        inputs = self.inputs(name)
+        if self.dir.is_done(name, inputs):
+            return
+        model = self.load_dense()[0] if name == "dense+lora" else self.load_sparse()
+        space = only_largest(self.space_of(model))
+        folder = self.dir.baseline(name)
+        with self.dir.stage(name, inputs, folder):
+            self._train(model, space, RandomSampler(space, self.recipe.seed), folder, name)
+
+    def _train(
+        self, model: PreTrainedModel, space: SearchSpace, sampler: Any, folder: Any, title: str
+    ) -> None:
+        cfg = self.recipe.train
+        if cfg.seed is None:
+            cfg = cfg.model_copy(update={"seed": self.recipe.seed})
+        examples = encode_all(self.splits.train, self.tokenizer, cfg.max_length)
+        net = self.super_network(model, space)
+        with self.reporter.bar(f"train {title}", "steps") as bar:
+
+            def show(done: int, total: int, facts: Mapping[str, float]) -> None:
+                note = " ".join(f"{key} {value:.4g}" for key, value in facts.items())
+                bar(done, total, note)
+
+            train(net, examples, sampler, cfg, folder=folder, progress=show)
+
+    def load_supernet(self) -> SuperNetwork:
+        """Load the trained super-network.
+
+        Raises:
+            BadArtifact: it was not trained yet, or its files are damaged.
+        """
+        if not self.dir.is_done("train", self.inputs("train")):
+            raise BadArtifact(
+                f"{self.dir.supernet} is missing or of another recipe", try_="elastune train RUN"
+            )
+        net = self.super_network(
+            self.load_sparse(), SearchSpace.from_dict(read_json(self.dir.space))
+        )
+        load_trained(net, self.dir.supernet)
+        return net
+
+    def load_baseline(self, name: str) -> SuperNetwork:
+        """Load a trained baseline as a super-network of one configuration."""
+        model = self.load_dense()[0] if name == "dense+lora" else self.load_sparse()
+        net = self.super_network(model, only_largest(self.space_of(model)))
+        load_trained(net, self.dir.baseline(name))
+        return net
+
+    def search(self) -> SearchResult:
+        """Score configurations on the validation examples."""
+        cfg = self.recipe.search
+        inputs = self.inputs("search")
+        net = self.load_supernet()
+        task = self.task(self.recipe.task)
+        objective, values = make_objective(
+            net,
+            self.tokenizer,
+            task,
+            self.splits.validation,
+            CostModel(net, self.recipe.evaluate.macs_length),
+            kind=cfg.objective,
+            batch_tokens=self.recipe.evaluate.batch_tokens,
+        )
+        with (
+            self.dir.stage("search", inputs, self.dir.search),
+            self.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar,
+        ):
+            result = search(
+                net.space,
+                objective,
+                values=values,
+                algorithm=cfg.algorithm,
+                trials=cfg.trials,
+                storage=self.dir.search / "study.journal",
+                seed=self.recipe.seed,
+                progress=lambda done, total, trial: bar(
+                    done, total, f"{values[0]} {trial.values[values[0]]:.4f}"
+                ),
+            )
+            write_json(self.dir.search / "trials.json", trials_json(result))
+        return result
+
+    def chosen(self) -> dict[str, SubnetConfig]:
+        """Return the named sub-networks: largest, heuristic, smallest, and best if searched."""
+        space = SearchSpace.from_dict(read_json(self.dir.space))
+        configs = {
+            "largest": space.largest(),
+            "heuristic": space.heuristic(),
+            "smallest": space.smallest(),
+        }
+        trials = self.dir.search / "trials.json"
+        if trials.exists() and self.dir.is_done("search", self.inputs("search")):
+            data = read_json(trials)
+            if data["best"] is not None:
+                configs["best"] = SubnetConfig(data["trials"][data["best"]]["config"])
+        return configs
+
+    def extract(self, configs: Mapping[str, SubnetConfig]) -> None:
+        """Write named sub-adapters as stock PEFT adapters under ``subnets/``."""
+        wanted = {name: self.inputs("search", config.to_json()) for name, config in configs.items()}
+        todo = {n: c for n, c in configs.items() if not self.dir.is_done(f"extract/{n}", wanted[n])}
+        if not todo:
+            return
+        net = self.load_supernet()
+        for name, config in todo.items():
+            if not any(config.values()):
+                self.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
+                continue
+            with self.dir.stage(f"extract/{name}", wanted[name]):
+                adapter = extract(net, config)
+                adapter.save(self.dir.subnets / name, base=str(self.dir.base.resolve()))
+
+
+def only_largest(space: SearchSpace) -> SearchSpace:
+    """Return the space whose only configuration is the largest: plain LoRA."""
+    from dataclasses import replace
+
+    return SearchSpace([replace(dim, choices=dim.choices[:1]) for dim in space.dims])
+
+
+def trials_json(result: SearchResult) -> dict[str, Any]:
+    """Return the content of search/trials.json."""
+    return {
+        "schema": 1,
+        "trials": [
+            {"number": t.number, "config": dict(t.config), "values": dict(t.values)}
+            for t in result.trials
+        ],
+        "pareto": [trial.number for trial in result.pareto()],
+        "best": result.best().number if result.trials else None,
+    }
+
+
+def named_config(space: SearchSpace, text: str) -> SubnetConfig:
+    """Read a configuration given as largest, heuristic, smallest, or JSON.
+
+    Raises:
+        BadRecipe: none of these.
+        InvalidSubnet: JSON, but not in the space.
+    """
+    named = {
+        "largest": space.largest,
+        "heuristic": space.heuristic,
+        "smallest": space.smallest,
+    }
+    if text in named:
+        return named[text]()
+    if not text.lstrip().startswith("{"):
+        raise BadRecipe(
+            f"{text!r} is neither {', '.join(named)}, best nor a JSON object of dim -> choice"
+        )
+    config = SubnetConfig.from_json(text)
+    space.check(config)
+    return config
