@@ -1,0 +1,125 @@
+"""elastune: compress and fine-tune transformers by weight-sharing architecture search.
+
+The names below are promised; everything else may move. They are imported when first used, so that
+``import elastune`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from elastune.version import __version__
+
+if TYPE_CHECKING:
+    from elastune.build_space import lora_space
+    from elastune.config import Recipe, TrainConfig, load_recipe
+    from elastune.cost import Cost, CostModel, model_cost, prefill_latency_ms
+    from elastune.data import calibration_rows, encode_all, make_splits
+    from elastune.errors import ElastuneError
+    from elastune.evaluate import evaluate, mean_loss
+    from elastune.extract import PeftAdapter, extract
+    from elastune.generate import generate
+    from elastune.models import architecture, load_model, save_model
+    from elastune.objective import make_objective
+    from elastune.report import write_report
+    from elastune.sampling import ProgressiveSampler, RandomSampler, SandwichSampler
+    from elastune.search import SearchResult, search
+    from elastune.space import ElasticDim, SearchSpace, SubnetConfig
+    from elastune.sparsify import Sparsity, sparsify_, sparsity_report
+    from elastune.supernet import SuperNetwork
+    from elastune.tasks import Example, Score, Task, get_task
+    from elastune.train import load_trained, save_trained, train
+
+_HOMES = {
+    "build_space": ("lora_space",),
+    "config": ("Recipe", "TrainConfig", "load_recipe"),
+    "cost": ("Cost", "CostModel", "model_cost", "prefill_latency_ms"),
+    "data": ("calibration_rows", "encode_all", "make_splits"),
+    "errors": ("ElastuneError",),
+    "evaluate": ("evaluate", "mean_loss"),
+    "extract": ("PeftAdapter", "extract"),
+    "generate": ("generate",),
+    "models": ("architecture", "load_model", "save_model"),
+    "objective": ("make_objective",),
+    "report": ("write_report",),
+    "sampling": ("ProgressiveSampler", "RandomSampler", "SandwichSampler"),
+    "search": ("SearchResult", "search"),
+    "space": ("ElasticDim", "SearchSpace", "SubnetConfig"),
+    "sparsify": ("Sparsity", "sparsify_", "sparsity_report"),
+    "supernet": ("SuperNetwork",),
+    "tasks": ("Example", "Score", "Task", "get_task"),
+    "train": ("load_trained", "save_trained", "train"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Cost",
+    "CostModel",
+    "ElasticDim",
+    "ElastuneError",
+    "Example",
+    "PeftAdapter",
+    "ProgressiveSampler",
+    "RandomSampler",
+    "Recipe",
+    "SandwichSampler",
+    "Score",
+    "SearchResult",
+    "SearchSpace",
+    "Sparsity",
+    "SubnetConfig",
+    "SuperNetwork",
+    "Task",
+    "TrainConfig",
+    "__version__",
+    "architecture",
+    "calibration_rows",
+    "encode_all",
+    "evaluate",
+    "extract",
+    "generate",
+    "get_task",
+    "load_model",
+    "load_recipe",
+    "load_trained",
+    "lora_space",
+    "make_objective",
+    "make_splits",
+    "mean_loss",
+    "model_cost",
+    "prefill_latency_ms",
+    "save_model",
+    "save_trained",
+    "search",
+    "sparsify_",
+    "sparsity_report",
+    "train",
+    "write_report",
+]
+
+
+class _Package(ModuleType):
+    """This package: `train`, `search` and others are its functions, not the files they live in."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing elastune.train makes Python set the module as the attribute `train` here.
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'elastune' has no attribute {name!r}")
+    value = getattr(import_module(f"elastune.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

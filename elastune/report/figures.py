@@ -94,10 +94,10 @@ def _score_scatter(rows: Sequence[System], column: Column) -> Figure | None:
             )
         )
     unit = " (%)" if column.percent else ""
-    name = "average accuracy" if column == AVERAGE else f"{column.task} {column.metric}"
-    title = f"{name[0].upper()}{name[1:]} against non-zeros"
+    where = "on average" if column == AVERAGE else f"on {column.task}"
+    title = f"{column.metric[0].upper()}{column.metric[1:]} {where}, against size"
     x_label = f"non-zero parameters ({prefix})" if prefix else "non-zero parameters"
-    svg = scatter_chart(marks, x_label=x_label, y_label=f"{name}{unit}", title=title)
+    svg = scatter_chart(marks, x_label=x_label, y_label=f"{column.metric}{unit}", title=title)
     legend = (("dot", "baseline", "baseline"), ("dot", "s0", "sub-network"))
     return Figure(title, svg, "Bars: ± one standard error.", legend)
 
@@ -139,7 +139,7 @@ def search_scatter(run: RunData) -> Figure | None:
     legend += [("dot", "front", f"Pareto front ({len(front)})")] if front else []
     legend += [("dot", "chosen", "chosen")] if run.search.get("best") is not None else []
     note = f"One in {every} of the dominated trials is drawn." if every > 1 else ""
-    return Figure("Search", svg, note, tuple(legend))
+    return Figure("Trials of the search", svg, note, tuple(legend))
 
 
 def _trial_mark(
@@ -151,7 +151,9 @@ def _trial_mark(
 ) -> Mark:
     number, values = trial["number"], trial["values"]
     x = values[cost] / divisor if cost else float(number)
-    listed = ", ".join(f"{key} {value:,.6g}" for key, value in values.items() if is_number(value))
+    listed = ", ".join(
+        f"{key} {_value_text(value)}" for key, value in values.items() if is_number(value)
+    )
     hint = f"trial {number}: {listed}\n{config_text(trial['config'])}"
     if number == search.get("best"):
         return Mark(x, values[quality], hint, "dot chosen", "chosen")
@@ -159,20 +161,27 @@ def _trial_mark(
     return Mark(x, values[quality], hint, style)
 
 
+def _value_text(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.5g}"
+
+
 def stage_times(run: RunData) -> Figure | None:
-    """Draw how long each stage took."""
-    stages = (run.manifest or {}).get("stages", {})
+    """Draw how long each stage took; parts of a stage (``extract/best``) are added up."""
+    groups: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, row in (run.manifest or {}).get("stages", {}).items():
+        groups.setdefault(name.split("/")[0], {})[name] = row
     bars = []
-    for name, row in stages.items():
-        done = row["status"] == "done"
-        seconds = row.get("seconds")
-        words = "" if seconds is None else duration(seconds)
-        shown = words if done else f"{row['status']} {words}".strip()
-        hint = f"{name}: {row['status']}, {row.get('finished') or 'not finished'}"
-        bars.append(Bar(name, seconds or 0.0, shown, hint, style="s0" if done else "s4"))
+    for stage, parts in groups.items():
+        open_parts = [row["status"] for row in parts.values() if row["status"] != "done"]
+        seconds = sum(row.get("seconds") or 0.0 for row in parts.values())
+        shown = " ".join([*open_parts[:1], duration(seconds)])
+        hint = "\n".join(
+            f"{name}: {row['status']}, {duration(row.get('seconds') or 0.0)}"
+            for name, row in parts.items()
+        )
+        bars.append(Bar(stage, seconds, shown, hint, style="s4" if open_parts else "s0"))
     if not bars:
         return None
     total = sum(bar.value for bar in bars)
-    return Figure(
-        "Time by stage", bar_chart(bars, title="time by stage"), f"{duration(total)} in all."
-    )
+    svg = bar_chart(bars, title="time by stage")
+    return Figure("Time by stage", svg, f"{duration(total)} in all.")

@@ -17,7 +17,7 @@ from elastune.report.results import System
 
 def subnet_map(run: RunData, rows: Sequence[System]) -> Figure | None:
     """Draw what each sub-network keeps, layer by layer; uniform ones are told in words."""
-    configs = {row.name: row.config for row in rows if row.config}
+    configs = {row.name: row.config for row in rows if row.config and not row.baseline}
     if not configs:
         return None
     words = {name: uniform_text(config) for name, config in configs.items()}

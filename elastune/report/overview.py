@@ -46,12 +46,10 @@ def heading(run: RunData, rows: Sequence[System]) -> str:
 
 def _facts(run: RunData) -> Iterable[tuple[str, str]]:
     recipe = run.recipe or {}
-    for key in ("method", "model", "task"):
-        value = _find(recipe, key)
-        if value is not None:
-            yield key, one_line(value)
-    if "task" not in recipe and run.metrics:
-        yield "task", ", ".join(dict.fromkeys(row["task"] for row in run.metrics["rows"]))
+    if recipe.get("task") is not None:
+        yield "trained on", one_line(recipe["task"])
+    if run.metrics:
+        yield "scored on", ", ".join(dict.fromkeys(row["task"] for row in run.metrics["rows"]))
     if run.sparsity:
         share = f"{100 * run.sparsity['total']['sparsity']:.1f} %"
         how = [run.sparsity.get("method"), run.sparsity.get("pattern") or "unstructured"]
@@ -65,8 +63,10 @@ def _facts(run: RunData) -> Iterable[tuple[str, str]]:
     if _find(recipe, "seed") is not None:
         yield "seed", one_line(_find(recipe, "seed"))
     stages = (run.manifest or {}).get("stages", {})
-    finished = [str(row["finished"]) for row in stages.values() if row.get("finished")]
-    if finished:
+    finished = [
+        str(row.get("finished") or "") for row in stages.values() if row["status"] == "done"
+    ]
+    if any(finished):
         yield "finished", max(finished).replace("T", " ")[:16]
 
 
@@ -128,17 +128,25 @@ def results(run: RunData, rows: Sequence[System]) -> str:
         '<div class="scroll"><table class="main"><thead><tr><th scope="col">system</th>'
         f"{head}</tr></thead>{bodies}</table></div>"
         '<p class="note">± is one standard error. Bold: best sub-network of the column.</p>'
-        + _verdicts(rows)
-        + '<p class="note">Unstructured zeros save storage; they are not a speed-up on common '
-        "runtimes. Latency appears only where it was measured, never inferred from sparsity. "
-        "MACs are multiply-accumulates, not FLOPs.</p>"
+        f'{_verdicts(rows)}<p class="note">{_remark(run)}</p>'
     )
     return section("Results", markup + figure_grid(figures.score_scatters(rows)))
 
 
+def _remark(run: RunData) -> str:
+    tokens = _find(run.recipe or {}, "macs_length")
+    length = f" of a forward pass over {escape(str(tokens))} tokens" if tokens else ""
+    return (
+        "Unstructured zeros save storage; they are not a speed-up on common runtimes. Latency "
+        "appears only where it was measured, never inferred from sparsity. "
+        f"MACs are the multiply-accumulates{length}, not FLOPs."
+    )
+
+
 def _head(header: Header) -> str:
-    note = f"<small>{escape(header.note)}</small>" if header.note else "<small>&nbsp;</small>"
-    return f'<th scope="col">{escape(header.title)}{note}</th>'
+    notes = (header.note, header.sample)
+    lines = "".join(f"<small>{escape(note) or '&nbsp;'}</small>" for note in notes)
+    return f'<th scope="col">{escape(header.title)}{lines}</th>'
 
 
 def _cell(cell: Cell) -> str:
@@ -156,35 +164,39 @@ def _verdicts(rows: Sequence[System]) -> str:
             '<p class="note">No baseline with plain LoRA on these tasks: whether the search for '
             "ranks helps cannot be told from this run.</p>"
         )
-    lines: dict[str, list[str]] = {}
-    for verdict in found:
-        lines.setdefault(verdict.name, []).append(_verdict(verdict))
-    items = "".join(
-        f"<li><b>{escape(name)}</b>: {'; '.join(parts)}</li>" for name, parts in lines.items()
+    compared = list(dict.fromkeys(verdict.column for verdict in found))
+    head = "".join(f'<th scope="col">{_comparison(column)}</th>' for column in compared)
+    cells = {(verdict.name, verdict.column): _verdict(verdict) for verdict in found}
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(cells.get((name, column), "<td></td>") for column in compared)
+        + "</tr>"
+        for name in dict.fromkeys(verdict.name for verdict in found)
     )
     few = min(verdict.n for verdict in found)
-    note = "In brackets: difference, and twice its standard error, which it must exceed to count."
+    note = "Difference ± twice its standard error, which it must exceed to count."
     if few < FEW_EXAMPLES:
         note += f" With as few as {few} scored examples such a test means little."
-    against = escape(found[0].reference)
     return (
-        f"<p>Against <b>{against}</b>, is the difference more than noise?</p>"
-        f'<ul class="verdicts">{items}</ul><p class="note">{note}</p>'
+        f"<h3>Different from {escape(found[0].reference)} beyond noise?</h3>"
+        f'<div class="scroll"><table class="verdicts"><thead><tr><th></th>{head}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div><p class="note">{note}</p>'
     )
+
+
+def _comparison(column: Column) -> str:
+    name = "average" if column == AVERAGE else column.task
+    unit = f"{column.metric}, points" if column.percent else column.metric
+    return f"{escape(name)}<small>{escape(unit)}</small>"
 
 
 def _verdict(verdict: Verdict) -> str:
-    column = verdict.column
-    task = "average" if column == AVERAGE else column.task
-    if not column.percent:
-        task = f"{task} {column.metric}"
-    gap = signed(verdict.difference, percent=column.percent)
-    unit = " points" if column.percent else ""
-    if verdict.noise is None:
-        return f"{escape(task)} unknown, no standard error ({gap}{unit})"
-    style = {"within noise": "noise"}.get(verdict.word, verdict.word)
-    noise = score_text(verdict.noise, percent=column.percent)
-    return (
-        f'{escape(task)} <span class="{style}">{verdict.word}</span> '
-        f'<span class="quiet">({gap}{unit}, noise ±{noise})</span>'
-    )
+    percent, noise = verdict.column.percent, verdict.noise
+    # Both numbers with the digits of the larger one.
+    size = max(abs(verdict.difference), noise or 0) * 10
+    gap = signed(verdict.difference, percent=percent, beside=size)
+    if noise is None:
+        return f"<td>unknown <small>{gap}, no standard error</small></td>"
+    style = verdict.word.replace("within ", "")
+    spread = score_text(noise, percent=percent, beside=size)
+    return f'<td><span class="{style}">{verdict.word}</span> <small>{gap} ± {spread}</small></td>'

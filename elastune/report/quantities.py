@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MINUS, DASH, TIMES = "\N{MINUS SIGN}", "\N{EN DASH}", "\N{MULTIPLICATION SIGN}"
+SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -40,9 +41,9 @@ def score_text(score: float, *, percent: bool, beside: float | None = None) -> s
     return f"{score:,.{2 if size >= 1 else 3}f}"
 
 
-def signed(difference: float, *, percent: bool) -> str:
-    """Format a difference with its sign, using a real minus."""
-    text = score_text(abs(difference), percent=percent)
+def signed(difference: float, *, percent: bool, beside: float | None = None) -> str:
+    """Format a difference with its sign, using a real minus; ``beside`` as in ``score_text``."""
+    text = score_text(abs(difference), percent=percent, beside=beside)
     return ("+" if difference >= 0 else MINUS) + text
 
 
@@ -61,7 +62,9 @@ def duration(seconds: float) -> str:
 def space_size(choices: Iterable[int]) -> str:
     """Format the number of sub-networks: exact when small, a power of ten when not."""
     log10 = sum(math.log10(max(count, 1)) for count in choices)
-    return f"{round(10**log10):,}" if log10 < 6 else f"about 10^{log10:.0f}"
+    if log10 < 6:
+        return f"{round(10**log10):,}"
+    return f"about 10{f'{log10:.0f}'.translate(SUPERSCRIPT)}"
 
 
 def one_line(value: Any) -> str:

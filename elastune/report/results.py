@@ -165,7 +165,10 @@ def _add_average(row: System, tasks: Sequence[Column]) -> System:
 
 
 def best_names(rows: Sequence[System], column: Column) -> set[str]:
-    """Name the sub-networks (no baselines) with the best score in ``column``."""
+    """Name the sub-networks (no baselines) with the best score in ``column``.
+
+    None where all of several tie: then no one stands out.
+    """
     scores = {
         row.name: row.values[column].score
         for row in rows
@@ -174,7 +177,8 @@ def best_names(rows: Sequence[System], column: Column) -> set[str]:
     if not scores:
         return set()
     top = max(scores.values()) if column.higher_is_better else min(scores.values())
-    return {name for name, score in scores.items() if score == top}
+    names = {name for name, score in scores.items() if score == top}
+    return names if len(names) < len(scores) or len(scores) == 1 else set()
 
 
 def reference(rows: Sequence[System]) -> System | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -38,14 +39,19 @@ def training(run: RunData) -> str:
 
 def sparsity(run: RunData) -> str:
     """Write the sparsity of the base, layer by layer."""
-    return section("Sparsity", figure_grid([maps.sparsity_map(run)]))
+    return section("Base model", figure_grid([maps.sparsity_map(run)]))
 
 
 def predictions(run: RunData) -> str:
     """Write a few right and wrong answers of every scored system, folded away."""
     rank = {"best": 0, "heuristic": 1, "largest": 2, "smallest": 3}
     files = sorted(run.predictions.items(), key=lambda item: (rank.get(item[0][0], 9), item[0]))
-    return section("Predictions", "".join(_answers(*key, rows) for key, rows in files))
+    rows = (run.metrics or {}).get("rows", ())
+    tasks = {re.sub("[:/]", "_", row["task"]): row["task"] for row in rows}  # as files spell them
+    return section(
+        "Predictions",
+        "".join(_answers(name, tasks.get(task, task), rows) for (name, task), rows in files),
+    )
 
 
 def _answers(name: str, task: str, rows: Sequence[Mapping[str, Any]]) -> str:

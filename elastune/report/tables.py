@@ -38,10 +38,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Header:
-    """A column's name and what its numbers are: metric, unit, sample size."""
+    """A column's name and what its numbers are: metric or unit, and the sample size."""
 
     title: str
     note: str = ""
+    sample: str = ""
+
+    @property
+    def full(self) -> str:
+        """Name, unit and sample size on one line."""
+        notes = ", ".join(note for note in (self.note, self.sample) if note)
+        return f"{self.title} ({notes})" if notes else self.title
 
 
 @dataclass(frozen=True)
@@ -78,17 +85,17 @@ def _score_column(rows: Sequence[System], column: Column) -> tuple[Header, list[
             cells.append(Cell(DASH))
             continue
         cells.append(Cell(column.text(value), column.error_text(value), row.name in best))
-    return Header(column.task, _score_note(rows, column)), cells
+    return _score_header(rows, column), cells
 
 
-def _score_note(rows: Sequence[System], column: Column) -> str:
+def _score_header(rows: Sequence[System], column: Column) -> Header:
     arrow = "↑" if column.higher_is_better else "↓"
     note = f"{column.metric}{' %' if column.percent else ''} {arrow}"
     if column == AVERAGE:
-        return note
+        return Header(column.task, note)
     counts = sorted({row.values[column].n for row in rows if column in row.values})
     n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}{DASH}{counts[-1]:,}"
-    return f"{note}, n={n}"
+    return Header(column.task, note, f"n = {n}")
 
 
 def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
@@ -98,11 +105,11 @@ def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
     if dense is not None:
         fewer = [Cell(f"{dense.nonzero / row.nonzero:.2f}{TIMES}") for row in rows if row.nonzero]
         if len(fewer) == len(rows):
-            made.append((Header("fewer", "non-zeros than dense"), fewer))
+            made.append((Header("fewer", "vs dense"), fewer))
     made.append(_count_column(rows, "MACs", "macs"))
     if any(row.latency_ms is not None for row in rows):
         cells = [Cell(DASH if r.latency_ms is None else f"{r.latency_ms:,.1f}") for r in rows]
-        made.append((Header("latency", "ms, measured"), cells))
+        made.append((Header("latency", "ms"), cells))
     seconds = [Cell(f"{row.seconds:,.1f}") for row in rows]
     made.append((Header("time", "s"), seconds))
     return made
@@ -123,7 +130,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     table = Table(caption="± is one standard error; bold: best sub-network")
     table.add_column("system", no_wrap=True)
     for header in main.headers:
-        table.add_column(Text(f"{header.title}\n{header.note}"), justify="right")
+        lines = [line for line in (header.title, header.note, header.sample) if line]
+        table.add_column(Text("\n".join(lines)), justify="right")
     for place, (name, baseline, cells) in enumerate(main.rows):
         style = "dim" if baseline else ""
         texts = [Text(cell.full, style="bold" if cell.best else style) for cell in cells]
@@ -139,7 +147,7 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
         BadArtifact: a row of ``metrics`` lacks a field or is there twice.
     """
     main = main_table(metrics)
-    titles = [f"{h.title} ({h.note})" if h.note else h.title for h in main.headers]
+    titles = [header.full for header in main.headers]
     lines = [_markdown_row(["system", *titles]), "|---|" + "---:|" * len(titles)]
     for name, baseline, cells in main.rows:
         texts = [f"**{cell.full}**" if cell.best else cell.full for cell in cells]

@@ -1,0 +1,41 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv if it is not there.
+PYTHON ?= python3.11
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help .venv demo test test-all check format bench clean
+help:  ## list the commands
+	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv: .venv/.complete  ## the environment, pinned by constraints.txt
+
+# torch first and by pip: uv would otherwise choose among torch builds by itself.
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv  ## Shears on a small real LLM: sparsify, train, search, report
+	$(BIN)/elastune demo
+
+test: .venv  ## unit and end-to-end tests (under 10 minutes on two cores)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv  ## everything, the slow tests too
+	$(BIN)/python -m pytest
+
+check: .venv  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv  ## apply formatting and safe lint fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv  ## every benchmark at a small size
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+clean:  ## remove the environment and caches, not runs
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
