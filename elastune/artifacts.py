@@ -7,8 +7,6 @@ the new and nothing between. A stage is done when the manifest says so for the s
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +19,12 @@ import yaml
 from elastune.config import Recipe, dump_recipe, make_recipe
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.files import read_json, remove, write_json, write_text
+from elastune.inputs import source_hashes
 
 SCHEMA = 1
 
-
-def fingerprint(*parts: Any) -> str:
-    """Return a short hash of plain data."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+#: What a run that was refused, or killed before its first stage, may leave in a folder.
+_TRACES = (".lock", ".recipe.yaml.partial")
 
 
 class RunDirectory:
@@ -39,14 +35,18 @@ class RunDirectory:
         self.recipe_file = root / "recipe.yaml"
         self.manifest_file = root / "manifest.json"
         self.base = root / "base"
+        self.sparsity = self.base / "sparsity.json"
         self.space = root / "space.json"
         self.supernet = root / "supernet"
         self.search = root / "search"
+        self.trials = self.search / "trials.json"
+        self.journal = self.search / "study.journal"
         self.subnets = root / "subnets"
         self.predictions = root / "predictions"
         self.metrics_file = root / "metrics.json"
         self.report = root / "report.html"
         self._pending_recipe: Recipe | None = None
+        self._sources: dict[str, str] | None = None
 
     def baseline(self, name: str) -> Path:
         """Return the folder of a trained baseline, such as ``sparse+lora``."""
@@ -73,7 +73,7 @@ class RunDirectory:
                     f"{', '.join(_differences(theirs, mine)[:6])}",
                     try_="another --out, or --update to redo the stages that this changes",
                 )
-        elif self.root.exists() and any(path.name != ".lock" for path in self.root.iterdir()):
+        elif self.root.exists() and any(p.name not in _TRACES for p in self.root.iterdir()):
             raise BadRecipe(
                 f"{self.root} is not empty and not a run directory", try_="another --out"
             )
@@ -90,8 +90,20 @@ class RunDirectory:
                 f"{self.root} is not a run directory: it has no recipe.yaml",
                 try_=f"elastune run RECIPE --out {self.root}",
             )
-        data = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        try:
+            data = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadArtifact(
+                f"{self.recipe_file} is corrupt: {error}",
+                try_="put the recipe of this run there again, or start anew in another --out",
+            ) from None
         return make_recipe(data, str(self.recipe_file))
+
+    def keep_recipe(self) -> None:
+        """Write the claimed recipe; before this, a claim leaves no trace."""
+        if self._pending_recipe is not None:
+            write_text(self.recipe_file, dump_recipe(self._pending_recipe))
+            self._pending_recipe = None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -106,6 +118,8 @@ class RunDirectory:
         with path.open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _is_at(path, file.fileno()):
+                    raise BlockingIOError  # its last holder deleted it just now
             except BlockingIOError:
                 raise BadRecipe(
                     f"another run is at work in {self.root}", try_="wait for it, or another --out"
@@ -126,10 +140,21 @@ class RunDirectory:
             return {"schema": SCHEMA, "stages": {}, "versions": versions()}
         return check_schema(read_json(self.manifest_file), self.manifest_file)
 
+    def sources(self, recipe: Recipe) -> Mapping[str, str]:
+        """Return hashes of the local files that ``recipe`` names, as they are at first sight."""
+        if self._sources is None:
+            self._sources = source_hashes(recipe, self.manifest().get("sources", {}))
+        return self._sources
+
     def is_done(self, stage: str, inputs: str) -> bool:
-        """Tell whether ``stage`` ended with these inputs."""
+        """Tell whether ``stage`` ended with these inputs and its outputs are still there."""
         row = self.manifest()["stages"].get(stage)
-        return row is not None and row["status"] == "done" and row["input_hash"] == inputs
+        return (
+            row is not None
+            and row["status"] == "done"
+            and row["input_hash"] == inputs
+            and all((self.root / name).exists() for name in row.get("outputs", ()))
+        )
 
     @contextmanager
     def stage(self, name: str, inputs: str, *outputs: Path) -> Iterator[None]:
@@ -144,26 +169,28 @@ class RunDirectory:
                 remove(path)
         started = time.monotonic()
         spent = row.get("seconds", 0.0) if row.get("input_hash") == inputs else 0.0
-        self._record(name, "started", inputs, spent)
+        self._record(name, "started", inputs, outputs, spent)
         try:
             yield
         except BaseException:
             # Time spent before an interruption counts.
-            self._record(name, "started", inputs, spent + time.monotonic() - started)
+            self._record(name, "started", inputs, outputs, spent + time.monotonic() - started)
             raise
-        self._record(name, "done", inputs, spent + time.monotonic() - started)
+        self._record(name, "done", inputs, outputs, spent + time.monotonic() - started)
 
-    def _record(self, stage: str, status: str, inputs: str, seconds: float) -> None:
-        if self._pending_recipe is not None:
-            write_text(self.recipe_file, dump_recipe(self._pending_recipe))
-            self._pending_recipe = None
+    def _record(
+        self, stage: str, status: str, inputs: str, outputs: Sequence[Path], seconds: float
+    ) -> None:
+        self.keep_recipe()
         manifest = self.manifest()
         manifest["stages"][stage] = {
             "status": status,
             "input_hash": inputs,
             "seconds": round(seconds, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "outputs": [path.relative_to(self.root).as_posix() for path in outputs],
         }
+        manifest["sources"] = self._sources or manifest.get("sources", {})
         manifest["versions"] = versions()
         write_json(self.manifest_file, manifest)
 
@@ -179,6 +206,14 @@ class RunDirectory:
         """Replace the rows of metrics.json."""
         data = {"schema": SCHEMA, "rows": list(rows), "environment": environment()}
         write_json(self.metrics_file, data)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Tell whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def check_schema(data: Any, path: Path) -> Any:

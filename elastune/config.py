@@ -6,13 +6,21 @@ some. No torch is imported here, so a bad recipe is refused at once.
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from elastune.errors import BadRecipe, nearest
 
@@ -20,7 +28,7 @@ BASELINES = ("dense", "dense+lora", "sparse", "sparse+lora")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _shorthand(value: Any) -> Any:
@@ -46,6 +54,12 @@ class TaskConfig(_Section):
     """Score at most this many report examples (drawn once, by a fixed seed)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """The task's own options."""
+
+    @property
+    def label(self) -> str:
+        """What results call the task: its name, of a file without the folders."""
+        is_file = Path(self.name.removesuffix(".gz")).suffix in (".jsonl", ".json", ".txt")
+        return Path(self.name).name if is_file else self.name
 
 
 Task = Annotated[TaskConfig, BeforeValidator(_shorthand)]
@@ -98,6 +112,17 @@ class AdapterConfig(_Section):
     """Projections that share a rank, by the group's name; by default qkv, up_gate, down, o."""
 
 
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+]
+
+
 class TrainConfig(_Section):
     """How long, how fast and how to train. Defaults are those of the Shears paper's runs."""
 
@@ -109,7 +134,7 @@ class TrainConfig(_Section):
     accumulation: int = Field(1, ge=1)
     """Micro-batches in an optimizer step."""
     learning_rate: float = Field(3e-4, gt=0)
-    schedule: str = "cosine"
+    schedule: Schedule = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate climbs from 0."""
     weight_decay: float = Field(0.0, ge=0)
@@ -145,12 +170,32 @@ class EvaluateConfig(_Section):
 
     tasks: list[Task] = []
     """Benchmarks to report; by default the training task's own."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _differ(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
+        labels = [task.label for task in tasks]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two tasks are called {label!r}; results could not tell them")
+        return tasks
+
     batch_tokens: int = Field(8192, ge=1)
     """Tokens in one batch; lower it when memory runs out."""
     macs_length: int = Field(256, ge=1)
     """Tokens of the forward pass that MACs are counted for."""
     latency: bool = False
     """Measure the latency of that forward pass on this device, too."""
+
+
+def _known_baselines(names: list[str]) -> list[str]:
+    for name in names:
+        if name not in BASELINES:
+            raise ValueError(
+                f"unknown baseline {name!r}{nearest(name, BASELINES)}; "
+                f"known are {', '.join(BASELINES)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 class Recipe(_Section):
@@ -169,7 +214,9 @@ class Recipe(_Section):
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    baselines: Annotated[list[str], BeforeValidator(_listed)] = list(BASELINES)
+    baselines: Annotated[
+        list[str], BeforeValidator(_listed), AfterValidator(_known_baselines)
+    ] = list(BASELINES)
     """What the results are compared with; LoRA baselines train as long as the super-adapter."""
 
     @property
@@ -208,17 +255,10 @@ def make_recipe(data: Mapping[str, Any], source: str) -> Recipe:
         BadRecipe: with every mistake, one a line.
     """
     try:
-        recipe = Recipe.model_validate(data)
+        return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = dict.fromkeys(_explain(item) for item in error.errors())
         raise BadRecipe(f"{source}: " + "\n  ".join(lines)) from None
-    for name in recipe.baselines:
-        if name not in BASELINES:
-            raise BadRecipe(
-                f"{source}: unknown baseline {name!r}{nearest(name, BASELINES)}; "
-                f"known are {', '.join(BASELINES)}"
-            )
-    return recipe
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -246,9 +286,11 @@ def _apply(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise BadRecipe(f"--set {override!r}: the value is not valid YAML") from error
     # YAML 1.1 reads 3e-4 (no dot) as text.
-    if isinstance(place[last], str):
-        with contextlib.suppress(ValueError):
-            place[last] = float(place[last])
+    if isinstance(place[last], str) and _EXPONENT.fullmatch(place[last]):
+        place[last] = float(place[last])
+
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _explain(item: Any) -> str:
@@ -261,6 +303,8 @@ def _explain(item: Any) -> str:
         return f"unknown key {key!r}{hint}; known here are {', '.join(known)}"
     if item["type"] == "missing":
         return f"{key!r} is missing"
+    if item["type"] == "value_error":
+        return f"{key}: {item['ctx']['error']}"
     return f"{key}: {item['msg'].lower()}, got {item['input']!r}"
 
 

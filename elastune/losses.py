@@ -55,6 +55,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
         return (grad * grads[0]).to(grad.dtype), None, None, None
 
 
+def head_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Return the summed cross entropy of a frozen linear head, without keeping its logits.
+
+    Args:
+        hidden: ``(N, D)``.
+        weight: ``(V, D)``; gets no gradient.
+        bias: ``(V,)`` or None; gets no gradient.
+        labels: int64 ``(N,)``.
+    """
+    return _HeadCrossEntropy.apply(hidden, weight, bias, labels)  # type: ignore[no-any-return]
+
+
 def completion_loss(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor, int]:
     """Return the summed cross entropy over the labelled positions, and their number.
 
@@ -73,7 +85,7 @@ def completion_loss(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor,
     if architecture(model).plain_head and not head.weight.requires_grad:
         hidden = model.base_model(**inputs).last_hidden_state[0, positions]
         bias = getattr(head, "bias", None)
-        loss = _HeadCrossEntropy.apply(hidden, head.weight, bias, labels)
+        loss = head_loss(hidden, head.weight, bias, labels)
     else:
         logits = model(**inputs, logits_to_keep=positions).logits[0]
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")

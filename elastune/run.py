@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastune.artifacts import RunDirectory, fingerprint
+from elastune.artifacts import RunDirectory
 from elastune.build_space import lora_space
 from elastune.calibration_text import calibration_texts
 from elastune.config import Recipe, TaskConfig
@@ -24,6 +24,7 @@ from elastune.data import Splits, calibration_rows, encode_all, make_splits
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.extract import extract
 from elastune.files import read_json, whole_folder, write_json
+from elastune.inputs import fingerprint, stage_inputs
 from elastune.models import load_model, write_model
 from elastune.objective import make_objective
 from elastune.progress import Reporter
@@ -52,26 +53,10 @@ class Run:
         cfg = self.recipe.sparsify
         return Sparsity.parse(None if cfg.pattern else cfg.ratio, cfg.pattern)
 
-    def inputs(self, stage: str, extra: Any = None) -> str:
+    def inputs(self, stage: str, *extra: Any) -> str:
         """Return the hash of all that the outcome of a stage depends on."""
-        recipe = self.recipe
-        data = [recipe.task, recipe.data, recipe.seed]
-        model = [recipe.model, recipe.dtype]
-        base = [*model, recipe.sparsify, recipe.seed]
-        if recipe.sparsify.calibration.source == "task":
-            base += data
-        trained = [*data, recipe.adapter, recipe.train]
-        parts: dict[str, list[Any]] = {
-            "sparsify": base,
-            "train": [*base, *trained],
-            "dense+lora": [*model, *trained],
-            "sparse+lora": [*base, *trained],
-            "search": [*base, *trained, recipe.search],
-            "dense": model,
-            "sparse": base,
-        }
-        plain = [p.model_dump(mode="json") if hasattr(p, "model_dump") else p for p in parts[stage]]
-        return fingerprint(plain, extra)
+        found = stage_inputs(self.recipe, stage, self.dir.sources(self.recipe))
+        return fingerprint(found, *extra) if extra else found
 
     # -- data and models -------------------------------------------------------------------
 
@@ -94,7 +79,7 @@ class Run:
     def splits(self) -> Splits:
         """The examples, checked to share no question between splits."""
         recipe = self.recipe
-        report = {c.name: self.task(c).report_examples() for c in recipe.report_tasks}
+        report = {c.label: self.task(c).report_examples() for c in recipe.report_tasks}
         return make_splits(
             self.task(recipe.task).train_examples(),
             report,
@@ -106,7 +91,7 @@ class Run:
 
     def report_examples(self, cfg: TaskConfig) -> list[Any]:
         """Return the examples a task is reported on: all, or a fixed sample of ``limit``."""
-        examples = self.splits.report[cfg.name]
+        examples = self.splits.report[cfg.label]
         if cfg.limit is None or cfg.limit >= len(examples):
             return examples
         if self.task(cfg).kind == "perplexity":
@@ -168,21 +153,6 @@ class Run:
 
     # -- stages ----------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Load model and data once, so that bad input is refused before anything is written."""
-        model, _ = self.load_dense()
-        self.space_of(model)
-        splits = self.splits
-        cfg = self.recipe.train
-        encode_all(splits.train[: cfg.batch_size], self.tokenizer, cfg.max_length)
-        self.reporter.say(
-            f"{len(splits.train)} training, {len(splits.validation)} validation and "
-            + ", ".join(
-                f"{len(self.report_examples(c))} {c.name}" for c in self.recipe.report_tasks
-            )
-            + " report examples; no question in two splits"
-        )
-
     def sparsify(self) -> None:
         """Prune the base and save it with its account of zeros."""
         inputs = self.inputs("sparsify")
@@ -195,28 +165,13 @@ class Run:
             self.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar,
         ):
             if self.sparsity.ratio > 0:
-                rows = None if cfg.method == "magnitude" else self._calibration_rows(model)
+                rows = None if cfg.method == "magnitude" else self.calibration
                 sparsify_(model, cfg.method, self.sparsity, rows, progress=bar)
             report = sparsity_report(model, method=cfg.method, sparsity=self.sparsity)
             with whole_folder(self.dir.base) as partial:
                 write_model(model, tokenizer, partial)
                 write_json(partial / "sparsity.json", report)
         self.reporter.say(f"{report['total']['sparsity']:.2%} of the blocks' weights are zero")
-
-    def _calibration_rows(self, model: PreTrainedModel) -> Tensor:
-        cfg = self.recipe.sparsify.calibration
-        longest = getattr(model.config, "max_position_embeddings", None) or cfg.length
-        if cfg.source == "task":
-            texts = [example.prompt + example.completion for example in self.splits.calibration]
-        else:
-            texts = calibration_texts(cfg.source, self.recipe.data.dir)
-        return calibration_rows(
-            texts,
-            self.tokenizer,
-            n_sequences=cfg.n_sequences,
-            length=min(cfg.length, longest),
-            seed=self.recipe.seed,
-        )
 
     def train_supernet(self) -> None:
         """Train the elastic adapter on the sparse base."""

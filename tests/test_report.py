@@ -348,6 +348,26 @@ def test_terminal_and_markdown_tables_show_the_same_numbers() -> None:
     assert len({line.count("|") for line in written.splitlines()}) == 1
 
 
+def test_a_tie_of_all_subnets_makes_none_bold() -> None:
+    tie = metrics_of(*(metric_row(name, 0.1) for name in ("largest", "heuristic", "best")))
+    assert "**" not in markdown_table(tie)
+
+
+def test_parts_of_a_stage_are_added_and_unfinished_ones_said(tmp_path: Path) -> None:
+    write_json(tmp_path / "metrics.json", some_metrics())
+    row = {"input_hash": "a", "finished": "2026-01-02T03:04:05"}
+    stages = {
+        "extract/best": row | {"status": "done", "seconds": 40.0},
+        "extract/heuristic": row | {"status": "done", "seconds": 35.0},
+        "search": row | {"status": "started", "seconds": 5.0, "finished": "2027-01-01T00:00:00"},
+    }
+    write_json(tmp_path / "manifest.json", {"schema": 1, "stages": stages})
+    text = read_page(tmp_path).text
+    assert "1 min 15 s" in text
+    assert "started 5.0 s" in text
+    assert "2027" not in text
+
+
 def test_sparsity_table_adds_up_by_role(tmp_path: Path) -> None:
     sparsity = load_run(make_run(tmp_path / "run")).sparsity
     assert sparsity is not None

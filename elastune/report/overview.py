@@ -9,7 +9,7 @@ from typing import Any
 from elastune.report import figures
 from elastune.report.load import RunData
 from elastune.report.markup import figure_grid, section
-from elastune.report.quantities import TIMES, one_line, score_text, signed, space_size
+from elastune.report.quantities import NBSP, TIMES, one_line, score_text, signed, space_size
 from elastune.report.results import (
     AVERAGE,
     FEW_EXAMPLES,
@@ -46,10 +46,12 @@ def heading(run: RunData, rows: Sequence[System]) -> str:
 
 def _facts(run: RunData) -> Iterable[tuple[str, str]]:
     recipe = run.recipe or {}
-    if recipe.get("task") is not None:
-        yield "trained on", one_line(recipe["task"])
-    if run.metrics:
-        yield "scored on", ", ".join(dict.fromkeys(row["task"] for row in run.metrics["rows"]))
+    trained = one_line(recipe["task"]) if recipe.get("task") else ""
+    scored = ", ".join(dict.fromkeys(r["task"] for r in (run.metrics or {}).get("rows", ())))
+    if trained == scored and trained:
+        yield "task", trained
+    else:
+        yield from ((k, v) for k, v in (("trained on", trained), ("scored on", scored)) if v)
     if run.sparsity:
         share = f"{100 * run.sparsity['total']['sparsity']:.1f} %"
         how = [run.sparsity.get("method"), run.sparsity.get("pattern") or "unstructured"]
@@ -100,12 +102,14 @@ def _lead(rows: Sequence[System]) -> str:
             "unknown": f"against {theirs} for {against.name}",
         }
         text += ", " + told.get(word, f"{word} than {against.name} ({theirs}) beyond noise")
-    return text + "."
+    few = chosen.values[column].n
+    return text + ("." if few >= FEW_EXAMPLES else f"; only {few} examples were scored.")
 
 
 def _score(row: System, column: Column) -> str:
     unit = " %" if column.percent else ""
-    return f"{column.full_text(row.values[column])}{unit} {column.metric}"
+    number = f"{column.full_text(row.values[column])}{unit}".replace(" ", NBSP)
+    return f"{number} {column.metric}"
 
 
 def results(run: RunData, rows: Sequence[System]) -> str:

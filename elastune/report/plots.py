@@ -19,6 +19,8 @@ from elastune.report.svg import (
     tip,
 )
 
+# Baselines are open rings, large enough to show around a dot in the same place.
+RADII = {"chosen": 6.5, "baseline": 6.5, "small": 3.5}
 SERIES = 6  # number of series colours in style.css (classes s0, s1, ...)
 
 
@@ -58,14 +60,14 @@ class Bar:
 
 
 def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, title: str) -> str:
-    """Draw curves over a common frame, faint raw values behind."""
+    """Draw curves over whole numbers (steps), faint raw values behind."""
     xs = [x for line in lines for x, _ in line.points]
     smooth = [y for line in lines for _, y in line.points]
     raw = sorted(y for line in lines for _, y in line.raw if math.isfinite(y))
     # Spikes must not flatten the curves: the outer 2 % of raw values may leave the frame.
     kept = raw[len(raw) // 50 : len(raw) - len(raw) // 50] if raw else []
     x_range = (min(xs), max(xs)) if xs and max(xs) > min(xs) else padded(xs)
-    frame = Frame.around(x_range, padded(smooth + kept), (x_label, y_label))
+    frame = Frame.around(x_range, padded(smooth + kept), (x_label, y_label), whole_x=True)
     parts = [frame.markup()]
     for kind in ("raw", "smooth"):
         for place, line in enumerate(lines):
@@ -107,7 +109,7 @@ def scatter_chart(
         if mark.error:
             ends = {"y1": frame.y(mark.y - mark.error), "y2": frame.y(mark.y + mark.error)}
             parts.append(tag("line", class_=f"error {mark.style}", x1=x, x2=x, **ends))
-        radius = 6.5 if "chosen" in mark.style else 3.5 if "small" in mark.style else 5
+        radius = next((r for style, r in RADII.items() if style in mark.style), 4.5)
         parts.append(tag("circle", tip(mark.tip), class_=mark.style, cx=x, cy=y, r=radius))
     parts += _labels(marks, frame)
     return drawing(frame.height, title, *parts)
@@ -118,29 +120,37 @@ def _labels(marks: Sequence[Mark], frame: Frame) -> list[str]:
     dots = [(frame.x(mark.x), frame.y(mark.y)) for mark in marks]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
     parts = []
-    for mark, (x, y) in zip(marks, dots, strict=True):
+    # From left to right, so that leaders of neighbours fan out instead of crossing.
+    for mark, (x, y) in sorted(zip(marks, dots, strict=True), key=lambda pair: pair[1]):
         if not mark.label:
             continue
         width = CHARACTER_WIDTH * len(mark.label)
-        spots = [(x + side, y + down) for down in _outward(14, 12) for side in (9, -9 - width)]
-        inside = [
-            (left, middle)
-            for left, middle in spots
+        boxes = [
+            (left, middle - 8, left + width, middle + 8)
+            for left, middle in _spots(x, y, width)
             if frame.x.start <= left and left + width <= WIDTH and 24 < middle < frame.y.start
-        ]
-        boxes = [(left, mid - 8, left + width, mid + 8) for left, mid in inside or spots]
+        ] or [(x + 9, y - 8, x + 9 + width, y + 8)]
         box = next((b for b in boxes if not any(_overlap(b, t) for t in taken)), boxes[0])
         taken.append(box)
         middle = (box[1] + box[3]) / 2
-        if abs(middle - y) > 10:
-            end = box[0] - 2 if box[0] > x else box[2] + 2
-            parts.append(tag("line", class_="leader", x1=x, y1=y, x2=end, y2=middle))
-        parts.append(text(box[0], middle + 4, mark.label, class_="name"))
+        if abs(middle - y) > 18:
+            end = min(max(x, box[0]), box[2])
+            edge = middle + (7 if middle < y else -7)
+            parts.append(tag("line", class_="leader", x1=x, y1=y, x2=end, y2=edge))
+        # Anchored where the point is: phones enlarge the text, which must grow away from it.
+        left_of = box[2] <= x
+        start, anchor = (box[2], "end") if left_of else (box[0], "start")
+        parts.append(text(start, middle + 4, mark.label, class_="name halo", text_anchor=anchor))
     return parts
 
 
-def _outward(step: float, count: int) -> list[float]:
-    return [0.0, *(sign * step * k for k in range(1, count) for sign in (-1, 1))]
+def _spots(x: float, y: float, width: float) -> list[tuple[float, float]]:
+    """Places of a label (left edge, middle), nearest to its point first."""
+    beside = [(x + 9, y), (x - 9 - width, y)]
+    for far in range(16, 120, 14):
+        for middle in (y - far, y + far):
+            beside += [(left, middle) for left in (x - width / 2, x + 4, x - 4 - width)]
+    return beside
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -215,4 +225,4 @@ def heatmap(
 
 def opacity_of(share: float) -> float:
     """Map a share of the range 0..1 to the opacity of a heatmap cell; never quite invisible."""
-    return 0.08 + 0.92 * min(max(share, 0.0), 1.0)
+    return 0.12 + 0.88 * min(max(share, 0.0), 1.0)

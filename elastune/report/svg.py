@@ -51,13 +51,17 @@ def drawing(height: float, title: str, *children: str) -> str:
     return tag("svg", *children, viewBox=view, role="img", aria_label=title)
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Choose about ``count`` round numbers (1, 2 or 5 times a power of ten) within [low, high]."""
+def nice_ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """Choose about ``count`` round numbers (1, 2 or 5 times a power of ten) within [low, high].
+
+    ``whole`` keeps to integers, for steps and other counts.
+    """
     if not high > low:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / count))
     options = []
-    for step in (power, 2 * power, 5 * power, 10 * power):
+    for times in (1, 2, 5, 10):
+        step = max(times * power, 1.0) if whole else times * power
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
         options.append([place * step for place in range(first, last + 1)])
     return min(options, key=lambda ticks: abs(len(ticks) - count))
@@ -109,6 +113,7 @@ class Frame:
     x_label: str
     y_label: str
     height: float
+    whole_x: bool = False
 
     @classmethod
     def around(
@@ -117,12 +122,14 @@ class Frame:
         y_range: tuple[float, float],
         labels: tuple[str, str],
         height: float = 320.0,
+        *,
+        whole_x: bool = False,
     ) -> Frame:
         """Make a frame for these ranges, with a left margin as wide as the y tick texts."""
         longest = max(len(t) for t in tick_texts(nice_ticks(*y_range)))
         left = 14 + CHARACTER_WIDTH * longest
         x = Scale(*x_range, left, WIDTH - 16)
-        return cls(x, Scale(*y_range, height - 48, 34), *labels, height)
+        return cls(x, Scale(*y_range, height - 48, 34), *labels, height, whole_x)
 
     def markup(self) -> str:
         """Draw grid lines, tick texts and labels."""
@@ -132,7 +139,7 @@ class Frame:
             y = self.y(tick)
             parts.append(tag("line", class_="grid", x1=self.x.start, x2=self.x.stop, y1=y, y2=y))
             parts.append(text(self.x.start - 7, y + 4, written, text_anchor="end"))
-        ticks = nice_ticks(self.x.low, self.x.high)
+        ticks = nice_ticks(self.x.low, self.x.high, whole=self.whole_x)
         bottom = self.y.start
         for tick, written in zip(ticks, tick_texts(ticks), strict=True):
             x = self.x(tick)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -111,7 +112,7 @@ def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
         cells = [Cell(DASH if r.latency_ms is None else f"{r.latency_ms:,.1f}") for r in rows]
         made.append((Header("latency", "ms"), cells))
     seconds = [Cell(f"{row.seconds:,.1f}") for row in rows]
-    made.append((Header("time", "s"), seconds))
+    made.append((Header("eval", "s"), seconds))
     return made
 
 
@@ -127,11 +128,13 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         BadArtifact: a row of ``metrics`` lacks a field or is there twice.
     """
     main = main_table(metrics)
-    table = Table(caption="± is one standard error; bold: best sub-network")
+    table = Table(
+        caption="± is one standard error; bold: best sub-network", box=SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("system", no_wrap=True)
     for header in main.headers:
         lines = [line for line in (header.title, header.note, header.sample) if line]
-        table.add_column(Text("\n".join(lines)), justify="right")
+        table.add_column(Text("\n".join(lines)), justify="right", overflow="fold")
     for place, (name, baseline, cells) in enumerate(main.rows):
         style = "dim" if baseline else ""
         texts = [Text(cell.full, style="bold" if cell.best else style) for cell in cells]
@@ -167,7 +170,9 @@ def sparsity_table(sparsity: Mapping[str, Any]) -> Table:
     """
     tensors = sparsity["tensors"]
     title = " ".join(str(sparsity[k]) for k in ("method", "pattern") if sparsity.get(k))
-    table = Table(title=Text(f"zeros in the base model ({title})" if title else "zeros"))
+    table = Table(
+        title=Text(f"zeros in the base model ({title})" if title else "zeros"), box=SIMPLE_HEAD
+    )
     table.add_column("role", no_wrap=True)
     for header in ("tensors", "weights", "zeros", "sparsity %", f"lowest{DASH}highest %"):
         table.add_column(header, justify="right")

@@ -1,0 +1,112 @@
+"""What the outcome of each stage depends on: settings of the recipe, and the files they name.
+
+Files count by content, so that a stage is redone when its data or model changed under the same
+path, and not when they were only copied or touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from elastune.config import Recipe, TaskConfig
+
+_CHUNK = 1 << 16
+_CHUNKS = 64
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a short hash of plain data and of sections of a recipe."""
+    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
+    """Return the hash of what the outcome of a stage depends on.
+
+    Args:
+        recipe: of the run.
+        stage: sparsify, train, search, or the name of a baseline.
+        sources: what `source_hashes` returned.
+    """
+    model = [recipe.model, recipe.dtype, sources.get("model")]
+    data = [recipe.task, recipe.data, recipe.seed, sources.get("task")]
+    base = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
+    if recipe.sparsify.calibration.source == "task":
+        base += data
+    trained = [*data, recipe.adapter, recipe.train]
+    parts: dict[str, list[Any]] = {
+        "sparsify": base,
+        "train": [*base, *trained],
+        "search": [*base, *trained, recipe.search],
+        "dense": model,
+        "dense+lora": [*model, *trained],
+        "sparse": base,
+        "sparse+lora": [*base, *trained],
+    }
+    return fingerprint(*parts[stage])
+
+
+def report_key(task: TaskConfig) -> str:
+    """Return the name in `source_hashes` of the files that a report task reads."""
+    return f"report:{task.label}"
+
+
+def source_hashes(recipe: Recipe, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Hash the content of the local files and folders that a recipe names.
+
+    Args:
+        recipe: of the run.
+        recorded: earlier hashes, used for files that are gone: a finished stage does not need them.
+    """
+    named = {
+        "model": [recipe.model],
+        "task": [recipe.task.name],
+        "calibration": [recipe.sparsify.calibration.source],
+    }
+    for task in recipe.report_tasks:
+        named[report_key(task)] = [task.name, str(task.options.get("report") or "")]
+    found: dict[str, str] = {}
+    for key, names in named.items():
+        paths = [path for name in names if (path := _local(name, recipe.data.dir)) is not None]
+        if paths:
+            found[key] = fingerprint([_content_hash(path) for path in paths])
+        elif key in recorded:
+            found[key] = recorded[key]
+    return found
+
+
+def _local(name: str, data_dir: Path | None) -> Path | None:
+    """Return the file or folder that a model, task or text is read from, if it is local."""
+    name = name.removeprefix("custom:").removeprefix("perplexity:")
+    places = [Path(name).expanduser(), *([data_dir / name] if data_dir else [])]
+    return next((path for path in places if name and path.exists()), None)
+
+
+def _content_hash(path: Path) -> str:
+    """Hash files up to 4 MiB whole; of larger ones the size and 64 evenly spaced pieces.
+
+    Training moves every weight a little, so pieces tell two checkpoints apart.
+    """
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _counts(p))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{'' if file == path else file.name}\0{size}\0".encode())
+        step = max(_CHUNK, (size - _CHUNK) // (_CHUNKS - 1)) if size else _CHUNK
+        with file.open("rb") as stream:
+            for start in range(0, size, step):
+                stream.seek(start)
+                digest.update(stream.read(_CHUNK))
+    return digest.hexdigest()
+
+
+def _counts(path: Path) -> bool:
+    """Tell whether a file of a folder can matter to what is read from the folder."""
+    return path.is_file() and not path.name.startswith(".") and path.suffix != ".md"

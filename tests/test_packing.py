@@ -1,0 +1,151 @@
+"""The law of packing: a packed row computes what each of its sequences computes alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import encoded, tiny_model
+from torch import Tensor
+
+from elastune.data import IGNORED_LABEL, PackedBatch, pack
+from elastune.packing import packed_attention, supports_packed_attention
+
+LENGTHS = (7, 20, 2, 13)  # longer and shorter than the sliding windows below
+WINDOW = 5
+MIXED = ["sliding_attention", "full_attention"]
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-no-gqa": ("llama", {"num_key_value_heads": 4}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1}),
+    "mistral-window": ("mistral", {"sliding_window": WINDOW}),
+    "mistral-no-window": ("mistral", {"sliding_window": None}),
+    "qwen2-mixed": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "layer_types": MIXED},
+    ),
+    "qwen3": ("qwen3", {}),
+    "gemma3": ("gemma3_text", {"sliding_window": WINDOW, "layer_types": MIXED}),
+    "gemma3-no-gqa": (
+        "gemma3_text",
+        {"sliding_window": WINDOW, "layer_types": MIXED, "num_key_value_heads": 4},
+    ),
+    # A scale of the scores that is not 1 / sqrt(head size).
+    "gemma3-scaled": (
+        "gemma3_text",
+        {"sliding_window": WINDOW, "layer_types": MIXED, "query_pre_attn_scalar": 50},
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": WINDOW,
+            "layer_types": MIXED,
+            "attn_logit_softcapping": 2.0,
+            "attn_implementation": "eager",
+        },
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def build(family: str) -> Any:
+    model_type, changes = FAMILIES[family]
+    return tiny_model(model_type, **changes)
+
+
+def packed_logits(model: Any, batch: PackedBatch) -> Tensor:
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.positions}
+    if supports_packed_attention(model):
+        inputs["sequence_starts"] = tuple(batch.starts.tolist())
+    with packed_attention(model):
+        return model(**inputs, use_cache=False).logits[0]
+
+
+def logits_alone(model: Any, batch: PackedBatch) -> Tensor:
+    """The stock model, one call per sequence: no positions, no masks, nothing packed."""
+    starts = batch.starts.tolist()
+    rows = [batch.input_ids[:, a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(family: str) -> None:
+    batch = pack(encoded(*LENGTHS))
+    model = build(family)
+    expected = logits_alone(model, batch)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(expected, list(model.parameters()), upstream, allow_unused=True)
+    found = packed_logits(model, batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    gradients = torch.autograd.grad(found, list(model.parameters()), upstream, allow_unused=True)
+    for (name, _), mine, theirs in zip(
+        model.named_parameters(), gradients, wanted, strict=True
+    ):
+        assert mine is not None, name
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral-window", "qwen2-mixed", "gemma3", "gemma2"])
+def test_the_windows_of_these_models_really_cut(family: str) -> None:
+    model_type, changes = FAMILIES[family]
+    wide = tiny_model(model_type, **(changes | {"sliding_window": 64}))
+    batch = pack(encoded(*LENGTHS))
+    with torch.no_grad():
+        assert (logits_alone(wide, batch) - logits_alone(build(family), batch)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2"])
+def test_a_sequence_does_not_see_its_neighbours(family: str) -> None:
+    model = build(family)
+    batch = pack(encoded(*LENGTHS))
+    start, stop = batch.starts.tolist()[1:3]
+    other = batch.input_ids.clone()
+    other[:, :start] = 3
+    other[:, stop:] = 4
+    changed = PackedBatch(other, batch.labels, batch.positions, batch.starts)
+    with torch.no_grad():
+        before, after = packed_logits(model, batch), packed_logits(model, changed)
+    torch.testing.assert_close(after[start:stop], before[start:stop], atol=1e-6, rtol=0)
+    assert not torch.allclose(after[:start], before[:start])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_the_attention_of_the_model_is_put_back(implementation: str) -> None:
+    model = tiny_model("llama", attn_implementation=implementation)
+    with packed_attention(model):
+        assert model.config._attn_implementation == "elastune_packed"
+        with packed_attention(model):
+            pass
+        assert model.config._attn_implementation == "elastune_packed"
+    assert model.config._attn_implementation == implementation
+
+    with pytest.raises(KeyError), packed_attention(model):
+        raise KeyError("in the middle")
+    assert model.config._attn_implementation == implementation
+
+
+def test_models_that_cap_their_scores_keep_their_own_attention() -> None:
+    model = build("gemma2")
+    assert not supports_packed_attention(model)
+    with packed_attention(model):
+        assert model.config._attn_implementation == "eager"
+
+
+def test_packed_attention_without_starts_is_refused() -> None:
+    model = build("llama")
+    with packed_attention(model), pytest.raises(RuntimeError, match="needs sequence_starts"):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+def test_labels_are_what_each_position_must_predict() -> None:
+    examples = encoded(5, 3, n_prompt=2)
+    batch = pack(examples)
+    a, b = (example.input_ids for example in examples)
+    assert batch.input_ids[0].tolist() == a[:-1] + b[:-1]
+    assert batch.labels[0].tolist() == [IGNORED_LABEL, *a[2:], IGNORED_LABEL, *b[2:]]
