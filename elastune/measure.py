@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from elastune.config import TaskConfig
 from elastune.cost import Cost, CostModel, model_cost, prefill_latency_ms
 from elastune.evaluate import evaluate
+from elastune.inputs import fingerprint, report_key
 from elastune.run import Run
 from elastune.space import SubnetConfig
 from elastune.supernet import SuperNetwork
@@ -54,8 +55,6 @@ def measure(run: Run, names: list[str] | None = None) -> None:
     Rows that are there already, made from the same inputs, are kept. Systems that are the same
     sub-network share their figures.
     """
-    cfg = run.recipe.evaluate
-    settings = [cfg.macs_length, cfg.latency]
     old = {(row["name"], row["task"]): row for row in run.dir.metrics()["rows"]}
     known: dict[tuple[str, str], dict[str, Any]] = {}
     wanted = systems(run, names)
@@ -63,18 +62,18 @@ def measure(run: Run, names: list[str] | None = None) -> None:
     stages = {}
     for system in wanted:
         for task in run.recipe.report_tasks:
-            stage, place = f"evaluate/{system.name}/{task.name}", (system.name, task.name)
-            stages[place] = (stage, run.inputs("dense", [system.key, _task_key(task), settings]))
+            stage, place = f"evaluate/{system.name}/{task.label}", (system.name, task.label)
+            stages[place] = (stage, _row_key(run, system, task))
             if run.dir.is_done(*stages[place]) and place in old:
                 rows[place] = old[place]
-                known[system.key, task.name] = old[place]
+                known[system.key, task.label] = old[place]
     for system, model, config, cost in _loaded(run, wanted, lambda s: _missing(s, run, rows)):
         for task in run.recipe.report_tasks:
-            place = (system.name, task.name)
+            place = (system.name, task.label)
             if place in rows:
                 continue
             with run.dir.stage(*stages[place]):
-                same = known.get((system.key, task.name))
+                same = known.get((system.key, task.label))
                 row = same or _score(run, system.name, model, task)
                 rows[place] = {
                     **row,
@@ -82,7 +81,7 @@ def measure(run: Run, names: list[str] | None = None) -> None:
                     **asdict(cost),
                     "config": None if config is None else dict(config),
                 }
-                known[system.key, task.name] = rows[place]
+                known[system.key, task.label] = rows[place]
                 keep = [] if names is None else list(old.values())
                 run.dir.set_metrics(_ordered(wanted, run, rows, keep))
     if rows:
@@ -91,12 +90,15 @@ def measure(run: Run, names: list[str] | None = None) -> None:
         )
 
 
-def _task_key(task: TaskConfig) -> dict[str, Any]:
-    return task.model_dump(mode="json")
+def _row_key(run: Run, system: System, task: TaskConfig) -> str:
+    """Hash all that a row depends on."""
+    cfg = run.recipe.evaluate
+    files = run.dir.sources(run.recipe).get(report_key(task))
+    return fingerprint(system.key, task, files, cfg.macs_length, cfg.latency)
 
 
 def _missing(system: System, run: Run, rows: dict[tuple[str, str], Any]) -> bool:
-    return any((system.name, task.name) not in rows for task in run.recipe.report_tasks)
+    return any((system.name, task.label) not in rows for task in run.recipe.report_tasks)
 
 
 def _loaded(
@@ -122,7 +124,7 @@ def _score(run: Run, name: str, model: PreTrainedModel, cfg: TaskConfig) -> dict
     """Score one model on one task."""
     started = time.monotonic()
     task = run.task(cfg)
-    with run.reporter.bar(f"evaluate {name} on {cfg.name}", "examples") as bar:
+    with run.reporter.bar(f"evaluate {name}, {cfg.label}", "examples") as bar:
         score = evaluate(
             model,
             run.tokenizer,
@@ -130,13 +132,13 @@ def _score(run: Run, name: str, model: PreTrainedModel, cfg: TaskConfig) -> dict
             run.report_examples(cfg),
             batch_tokens=run.recipe.evaluate.batch_tokens,
             progress=bar,
-            predictions=run.dir.prediction_file(name, cfg.name),
+            predictions=run.dir.prediction_file(name, cfg.label),
         )
     latency = None
     if run.recipe.evaluate.latency:
         latency = round(prefill_latency_ms(model, run.recipe.evaluate.macs_length), 3)
     return {
-        "task": cfg.name,
+        "task": cfg.label,
         "metric": score.metric,
         "score": score.value,
         "stderr": score.stderr,
@@ -168,7 +170,7 @@ def _ordered(
     """Put rows into the order of the systems and tasks, and fields into that of the schema."""
     merged = {(row["name"], row["task"]): row for row in others} | rows
     names = [*run.recipe.baselines, *SUBNETS]
-    tasks = [task.name for task in run.recipe.report_tasks]
+    tasks = [task.label for task in run.recipe.report_tasks]
     places = sorted(
         (place for place in merged if place[0] in names and place[1] in tasks),
         key=lambda place: (names.index(place[0]), tasks.index(place[1])),

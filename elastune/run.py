@@ -29,7 +29,7 @@ from elastune.models import load_model, write_model
 from elastune.objective import make_objective
 from elastune.progress import Reporter
 from elastune.sampling import RandomSampler, make_sampler
-from elastune.search import SearchResult, search
+from elastune.search import SearchResult, Trial, search
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.sparsify import Sparsity, sparsify_, sparsity_report
 from elastune.supernet import SuperNetwork
@@ -99,6 +99,25 @@ class Run:
         chosen = np.random.default_rng(0).choice(len(examples), cfg.limit, replace=False)
         return [examples[i] for i in sorted(chosen)]
 
+    @cached_property
+    def _calibration_texts(self) -> list[str]:
+        cfg = self.recipe.sparsify.calibration
+        if cfg.source == "task":
+            return [example.prompt + example.completion for example in self.splits.calibration]
+        return calibration_texts(cfg.source, self.recipe.data.dir)
+
+    def calibration(self, model: PreTrainedModel) -> Tensor:
+        """Return the token ids ``(N, L)`` that the sparsifier looks at."""
+        cfg = self.recipe.sparsify.calibration
+        longest = getattr(model.config, "max_position_embeddings", None) or cfg.length
+        return calibration_rows(
+            self._calibration_texts,
+            self.tokenizer,
+            n_sequences=cfg.n_sequences,
+            length=min(cfg.length, longest),
+            seed=self.recipe.seed,
+        )
+
     def load_dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the model that the recipe names."""
         device = "cuda" if torch.cuda.is_available() else None
@@ -123,7 +142,7 @@ class Run:
             )
         device = "cuda" if torch.cuda.is_available() else None
         model, _ = load_model(self.dir.base, dtype=self.recipe.dtype, device=device)
-        expected = read_json(self.dir.base / "sparsity.json")["total"]["zeros"]
+        expected = read_json(self.dir.sparsity)["total"]["zeros"]
         found = sparsity_report(model, method="", sparsity=self.sparsity)["total"]["zeros"]
         if found != expected:
             raise BadArtifact(
@@ -165,12 +184,12 @@ class Run:
             self.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar,
         ):
             if self.sparsity.ratio > 0:
-                rows = None if cfg.method == "magnitude" else self.calibration
+                rows = None if cfg.method == "magnitude" else self.calibration(model)
                 sparsify_(model, cfg.method, self.sparsity, rows, progress=bar)
             report = sparsity_report(model, method=cfg.method, sparsity=self.sparsity)
             with whole_folder(self.dir.base) as partial:
                 write_model(model, tokenizer, partial)
-                write_json(partial / "sparsity.json", report)
+                write_json(partial / self.dir.sparsity.name, report)
         self.reporter.say(f"{report['total']['sparsity']:.2%} of the blocks' weights are zero")
 
     def train_supernet(self) -> None:
@@ -239,19 +258,20 @@ class Run:
         """Score configurations on the validation examples."""
         cfg = self.recipe.search
         inputs = self.inputs("search")
+        if self.dir.is_done("search", inputs):
+            return result_from_dict(read_json(self.dir.trials))
         net = self.load_supernet()
-        task = self.task(self.recipe.task)
         objective, values = make_objective(
             net,
             self.tokenizer,
-            task,
+            self.task(self.recipe.task),
             self.splits.validation,
             CostModel(net, self.recipe.evaluate.macs_length),
             kind=cfg.objective,
             batch_tokens=self.recipe.evaluate.batch_tokens,
         )
         with (
-            self.dir.stage("search", inputs, self.dir.search),
+            self.dir.stage("search", inputs, self.dir.trials, self.dir.journal),
             self.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar,
         ):
             result = search(
@@ -260,13 +280,13 @@ class Run:
                 values=values,
                 algorithm=cfg.algorithm,
                 trials=cfg.trials,
-                storage=self.dir.search / "study.journal",
+                storage=self.dir.journal,
                 seed=self.recipe.seed,
                 progress=lambda done, total, trial: bar(
                     done, total, f"{values[0]} {trial.values[values[0]]:.4f}"
                 ),
             )
-            write_json(self.dir.search / "trials.json", trials_json(result))
+            write_json(self.dir.trials, result_to_dict(result))
         return result
 
     def chosen(self) -> dict[str, SubnetConfig]:
@@ -277,16 +297,15 @@ class Run:
             "heuristic": space.heuristic(),
             "smallest": space.smallest(),
         }
-        trials = self.dir.search / "trials.json"
-        if trials.exists() and self.dir.is_done("search", self.inputs("search")):
-            data = read_json(trials)
-            if data["best"] is not None:
-                configs["best"] = SubnetConfig(data["trials"][data["best"]]["config"])
+        if self.dir.is_done("search", self.inputs("search")):
+            result = result_from_dict(read_json(self.dir.trials))
+            if result.trials:
+                configs["best"] = result.best().config
         return configs
 
     def extract(self, configs: Mapping[str, SubnetConfig]) -> None:
         """Write named sub-adapters as stock PEFT adapters under ``subnets/``."""
-        wanted = {name: self.inputs("search", config.to_json()) for name, config in configs.items()}
+        wanted = {name: self.inputs("train", config.to_json()) for name, config in configs.items()}
         todo = {n: c for n, c in configs.items() if not self.dir.is_done(f"extract/{n}", wanted[n])}
         if not todo:
             return
@@ -295,9 +314,9 @@ class Run:
             if not any(config.values()):
                 self.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
                 continue
-            with self.dir.stage(f"extract/{name}", wanted[name]):
-                adapter = extract(net, config)
-                adapter.save(self.dir.subnets / name, base=str(self.dir.base.resolve()))
+            folder = self.dir.subnets / name
+            with self.dir.stage(f"extract/{name}", wanted[name], folder):
+                extract(net, config).save(folder, base=str(self.dir.base.resolve()))
 
 
 def only_largest(space: SearchSpace) -> SearchSpace:
@@ -307,7 +326,7 @@ def only_largest(space: SearchSpace) -> SearchSpace:
     return SearchSpace([replace(dim, choices=dim.choices[:1]) for dim in space.dims])
 
 
-def trials_json(result: SearchResult) -> dict[str, Any]:
+def result_to_dict(result: SearchResult) -> dict[str, Any]:
     """Return the content of search/trials.json."""
     return {
         "schema": 1,
@@ -318,6 +337,16 @@ def trials_json(result: SearchResult) -> dict[str, Any]:
         "pareto": [trial.number for trial in result.pareto()],
         "best": result.best().number if result.trials else None,
     }
+
+
+def result_from_dict(data: dict[str, Any]) -> SearchResult:
+    """Read back what `result_to_dict` wrote."""
+    return SearchResult(
+        tuple(
+            Trial(row["number"], SubnetConfig(row["config"]), row["values"])
+            for row in data["trials"]
+        )
+    )
 
 
 def named_config(space: SearchSpace, text: str) -> SubnetConfig:
