@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
 from elastune.data import encode_all
-from elastune.errors import BadRecipe, UnsupportedModel, nearest
+from elastune.errors import BadData, BadRecipe, UnsupportedModel, nearest
 from elastune.models import architecture
 from elastune.run import Run
 
@@ -50,7 +50,10 @@ def _check_training(run: Run) -> None:
 def _check_examples(run: Run) -> None:
     splits = run.splits
     cfg = run.recipe.train
-    encode_all(splits.train[: cfg.batch_size], run.tokenizer, cfg.max_length)
+    try:
+        encode_all(splits.train[: cfg.batch_size], run.tokenizer, cfg.max_length)
+    except BadData:
+        encode_all(splits.train, run.tokenizer, cfg.max_length)
     report = ", ".join(
         f"{len(run.report_examples(task))} {task.label}" for task in run.recipe.report_tasks
     )

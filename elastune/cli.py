@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from elastune.errors import BadRecipe, ElastuneError
+from elastune.errors import BadRecipe, ElastuneError, TrainingDiverged
 from elastune.version import __version__
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+_CHOSEN = ("largest", "heuristic", "smallest", "best")
 _out = Console()
 _err = Console(stderr=True)
 
@@ -56,7 +59,7 @@ def run(
     with _errors(), _run(source, out, set_, update) as work:
         from elastune.methods import METHODS
 
-        work.check()
+        _check(work)
         METHODS[work.recipe.method](work)
         _finish(work, json_)
 
@@ -70,8 +73,9 @@ def sparsify(
         from elastune.files import read_json
         from elastune.report import sparsity_table
 
+        _check(work)
         work.sparsify()
-        report = read_json(work.dir.base / "sparsity.json")
+        report = read_json(work.dir.sparsity)
         _show(report["total"] if json_ else sparsity_table(report))
 
 
@@ -81,7 +85,7 @@ def train(
 ) -> None:
     """Train the super-adapter (and sparsify first, if that is not done)."""
     with _errors(), _run(source, out, set_, update) as work:
-        work.check()
+        _check(work)
         work.sparsify()
         work.train_supernet()
         _show({"supernet": str(work.dir.supernet)} if json_ else f"trained: {work.dir.supernet}")
@@ -125,10 +129,10 @@ def extract(
         space = SearchSpace.from_dict(json.loads(work.dir.space.read_text()))
         wanted = {}
         for text in config or list(known):
-            is_json = text.lstrip().startswith("{")
-            wanted[(name or "custom") if is_json else text] = known.get(text) or named_config(
-                space, text
-            )
+            folder = _folder_name(name) if text.lstrip().startswith("{") else text
+            if folder in wanted:
+                raise BadRecipe(f"two configurations for subnets/{folder}", try_="one at a time")
+            wanted[folder] = known.get(text) or named_config(space, text)
         work.extract(wanted)
         folders = [str(work.dir.subnets / key) for key in wanted]
         _show({"subnets": folders} if json_ else "\n".join(folders))
@@ -224,6 +228,25 @@ def _run(
         yield Run(directory, recipe, ConsoleReporter(_err))
 
 
+def _check(work: Run) -> None:
+    """Refuse bad input; from here on the run writes to its folder."""
+    from elastune.check import check
+
+    check(work)
+    work.dir.keep_recipe()
+
+
+def _folder_name(name: str | None) -> str:
+    """Return the folder under RUN/subnets of a configuration given as JSON."""
+    name = name or "custom"
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in _CHOSEN:
+        raise BadRecipe(
+            f"--name {name!r} must be letters, digits, '.', '_' and '-', and not one of "
+            f"{', '.join(_CHOSEN)}"
+        )
+    return name
+
+
 def _finish(work: Run, as_json: bool) -> None:
     from elastune.report import metrics_table, write_report
 
@@ -258,26 +281,53 @@ def _be_quiet() -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn bad input into one message and exit code 2; Ctrl-C into one line."""
+    """Turn bad input into one message and exit code 2; a failed run into 1; Ctrl-C into a line."""
     try:
         yield
     except ElastuneError as error:
-        _err.print("[bold red]error:[/] ", end="")
-        _err.print(error.message, markup=False, highlight=False, soft_wrap=True)
-        if error.try_:
-            _err.print("[bold]try:[/] ", end="")
-            _err.print(error.try_, markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        _err.print("[bold red]error:[/] ", end="")
-        _err.print(f"cannot write: {error}", markup=False, highlight=False, soft_wrap=True)
-        _err.print("[bold]try:[/] free some space or choose another --out; run again to go on")
-        raise typer.Exit(2) from None
+        _complain(error.message, error.try_)
+        raise typer.Exit(1 if isinstance(error, TrainingDiverged) else 2) from None
     except KeyboardInterrupt:
         _err.print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None
+    except Exception as error:
+        reason = _cannot_write(error)
+        if reason is None:
+            raise
+        _complain(
+            f"cannot write: {reason}", "free space or another --out; run again to go on from here"
+        )
+        raise typer.Exit(2) from None
+
+
+def _complain(message: str, way_out: str | None) -> None:
+    _err.print("[bold red]error:[/] ", end="")
+    _err.print(message, markup=False, highlight=False, soft_wrap=True)
+    if way_out:
+        _err.print("[bold]try:[/] ", end="")
+        _err.print(way_out, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cannot_write(error: BaseException) -> str | None:
+    """Return why a file could not be written, if that is what the error is about."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _CANNOT_WRITE:
+            return str(seen)
+        # safetensors and torch report a full disk by errors of their own.
+        if f"(os error {errno.ENOSPC})" in str(seen):
+            return os.strerror(errno.ENOSPC)
+        seen = seen.__context__
+    return None
+
+
+_CANNOT_WRITE = frozenset(
+    [
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        *(errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    ]
+)
 
 
 def main() -> None:

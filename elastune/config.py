@@ -168,7 +168,7 @@ class SearchConfig(_Section):
 class EvaluateConfig(_Section):
     """What is measured for the report, and on what."""
 
-    tasks: list[Task] = []
+    tasks: Annotated[list[Task], BeforeValidator(_listed)] = []
     """Benchmarks to report; by default the training task's own."""
 
     @field_validator("tasks")
@@ -214,9 +214,9 @@ class Recipe(_Section):
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    baselines: Annotated[
-        list[str], BeforeValidator(_listed), AfterValidator(_known_baselines)
-    ] = list(BASELINES)
+    baselines: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_known_baselines)] = (
+        list(BASELINES)
+    )
     """What the results are compared with; LoRA baselines train as long as the super-adapter."""
 
     @property

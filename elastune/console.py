@@ -6,31 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from elastune.progress import Bar, Reporter
 
+_TITLE_WIDTH = 28
 
-class _RateColumn(ProgressColumn):
-    """Units a second, or seconds a unit where that reads better."""
+
+class _Facts(ProgressColumn):
+    """Count, rate, time left and the note in one piece, so that what is cropped is the note."""
+
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=1))
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        unit = str(task.fields["unit"])
-        if not speed:
-            return Text("")
-        if speed >= 1:
-            return Text(f"{speed:.1f} {unit}/s", style="progress.data.speed")
-        return Text(f"{1 / speed:.1f} s/{unit.rstrip('s')}", style="progress.data.speed")
+        count = f"{task.completed:.0f}/{task.total or 0:.0f}"
+        parts = [count, _rate(task), _clock(task), str(task.fields["note"])]
+        return Text("  ".join(part for part in parts if part))
 
 
 class ConsoleReporter(Reporter):
@@ -45,20 +39,18 @@ class ConsoleReporter(Reporter):
 
     @contextmanager
     def bar(self, title: str, unit: str) -> Iterator[Bar]:
-        """Show a bar with rate, time spent, time left and a note."""
+        """Show a bar with count, rate, time left (in the end, time spent) and a note."""
         progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            _RateColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=10),
+            _Facts(),
             console=self.console,
+            expand=True,
             # Runs take minutes: a rate over the last few seconds would jump about.
             speed_estimate_period=300,
         )
+        if len(title) > _TITLE_WIDTH:
+            title = title[: _TITLE_WIDTH - 1] + "…"
         with progress:
             task = progress.add_task(title, total=1, unit=unit, note="")
 
@@ -66,3 +58,27 @@ class ConsoleReporter(Reporter):
                 progress.update(task, completed=done, total=total, note=note)
 
             yield show
+
+
+def _rate(task: Task) -> str:
+    """Return units a second, or seconds a unit where that reads better."""
+    speed = task.finished_speed or task.speed
+    unit = str(task.fields["unit"])
+    if not speed:
+        return ""
+    return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit.rstrip('s')}"
+
+
+def _clock(task: Task) -> str:
+    """Return the time left, and in the end the time spent."""
+    if task.finished:
+        return f"in {_minutes(task.finished_time or 0)}"
+    return f"left {'-:--' if task.time_remaining is None else _minutes(task.time_remaining)}"
+
+
+def _minutes(seconds: float) -> str:
+    """Return ``m:ss`` or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02}"
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

@@ -21,13 +21,6 @@ from elastune.files import whole_folder, write_text
 from elastune.space import SubnetConfig
 from elastune.supernet import SuperNetwork
 
-_TASK_TYPES = {
-    "CausalLM": TaskType.CAUSAL_LM,
-    "SequenceClassification": TaskType.SEQ_CLS,
-    "QuestionAnswering": TaskType.QUESTION_ANS,
-}
-
-
 @dataclass(frozen=True)
 class PeftAdapter:
     """An extracted sub-adapter.
@@ -35,7 +28,7 @@ class PeftAdapter:
     Attributes:
         config: the configuration it was cut for.
         weights: module name -> (A ``(r, I)``, B ``(O, r)``, what multiplies B A).
-        task_type: of the model it belongs to.
+        task_type: of the model it belongs to; None unless it is a causal language model.
     """
 
     config: SubnetConfig
@@ -100,8 +93,9 @@ def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
             "every rank of this sub-network is 0, so there is no adapter to extract",
             try_="use the base model as it is",
         )
+    # PEFT expects the adapter file of a classifier or reader to hold the trained head too. Ours stays
+    # the base model's own, so that only language models name their task.
     name = type(net.model).__name__
-    task_type = next((kind for end, kind in _TASK_TYPES.items() if name.endswith(end)), None)
-    if name.endswith("LMHeadModel"):
-        task_type = TaskType.CAUSAL_LM
+    is_causal = name.endswith(("CausalLM", "LMHeadModel"))
+    task_type = TaskType.CAUSAL_LM if is_causal else None
     return PeftAdapter(config, weights, task_type)

@@ -22,7 +22,7 @@ _CHUNKS = 64
 
 def fingerprint(*parts: Any) -> str:
     """Return a short hash of plain data and of sections of a recipe."""
-    plain = [part.model_dump(mode="json") if isinstance(part, BaseModel) else part for part in parts]
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
     text = json.dumps(plain, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -36,8 +36,8 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         sources: what `source_hashes` returned.
     """
     model = [recipe.model, recipe.dtype, sources.get("model")]
-    data = [recipe.task, recipe.data, recipe.seed, sources.get("task")]
-    base = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
+    data: list[Any] = [recipe.task, recipe.data, recipe.seed, sources.get("task")]
+    base: list[Any] = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
     if recipe.sparsify.calibration.source == "task":
         base += data
     trained = [*data, recipe.adapter, recipe.train]

@@ -226,8 +226,9 @@ class Run:
         with self.reporter.bar(f"train {title}", "steps") as bar:
 
             def show(done: int, total: int, facts: Mapping[str, float]) -> None:
-                note = " ".join(f"{key} {value:.4g}" for key, value in facts.items())
-                bar(done, total, note)
+                note = f"loss {facts['loss']:.3f}" if facts else ""
+                speed = f", {facts['tokens_per_s']:.0f} tokens/s" if facts else ""
+                bar(done, total, note + speed)
 
             train(net, examples, sampler, cfg, folder=folder, progress=show)
 

@@ -31,7 +31,8 @@ class SuperNetwork(nn.Module):
         seed: of the adapters' initial weights.
 
     Raises:
-        InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic.
+        InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic, or
+            the model is elastic already. The model is then left as it was.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class SuperNetwork(nn.Module):
         super().__init__()
         self.model = model
         self.space = space
+        # Checked whole before anything is changed: a refused model is as it was.
+        largest = _largest_ranks(model, space)
         model.requires_grad_(False)
-        self.adapters = _add_adapters(model, space, alpha, dropout, scaling, seed)
+        self.adapters = _add_adapters(model, largest, alpha, dropout, scaling, seed)
         self._members: list[tuple[str, list[ElasticLoRALinear]]] = [
             (dim.name, [self.adapters[name] for name in dim.modules]) for dim in space.dims
         ]
@@ -132,18 +135,19 @@ class SuperNetwork(nn.Module):
         return f"{self.space!r}, active: {self._active.short()}"
 
 
-def _add_adapters(
-    model: PreTrainedModel,
-    space: SearchSpace,
-    alpha: float,
-    dropout: float,
-    scaling: Scaling,
-    seed: int,
-) -> dict[str, ElasticLoRALinear]:
-    """Wrap every module of the space's rank dims; returns the wrappers by module name."""
+def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]:
+    """Return the largest rank of every module of the space, checked to fit the model."""
     modules = dict(model.named_modules())
+    if any(isinstance(module, ElasticLoRALinear) for module in modules.values()):
+        raise InvalidSpace(
+            "the model has elastic adapters already", try_="unwrap() its super-network first"
+        )
     largest: dict[str, int] = {}
     for dim in space.dims:
+        if dim.choices[0] < 1:
+            raise InvalidSpace(
+                f"{dim.name}: its only rank is 0, so it has no adapter", try_="leave the dim out"
+            )
         for name in dim.modules:
             module = modules.get(name)
             if module is None:
@@ -155,6 +159,18 @@ def _add_adapters(
             if name in largest:
                 raise InvalidSpace(f"{name} stands in two dims; one rank cannot follow both")
             largest[name] = dim.choices[0]
+    return largest
+
+
+def _add_adapters(
+    model: PreTrainedModel,
+    largest: dict[str, int],
+    alpha: float,
+    dropout: float,
+    scaling: Scaling,
+    seed: int,
+) -> dict[str, ElasticLoRALinear]:
+    """Wrap the modules that get an adapter; returns the wrappers by module name."""
     full = max(largest.values())
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
@@ -162,7 +178,8 @@ def _add_adapters(
         # One scale for all adapters, alpha / (largest rank of the space), also where a dim's own
         # largest rank is lower: as in the papers, where the scale does not follow the rank.
         own_alpha = alpha * rank / full if scaling == "alpha/r_max" else alpha
-        adapter = ElasticLoRALinear.from_base(modules[name], rank, own_alpha, dropout, scaling)
+        base = model.get_submodule(name)
+        adapter = ElasticLoRALinear.from_base(base, rank, own_alpha, dropout, scaling)
         adapter.reset(generator)
         model.set_submodule(name, adapter)
         adapters[name] = adapter
