@@ -20,6 +20,7 @@ from elastune.config import Recipe, dump_recipe, make_recipe
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.files import read_json, remove, write_json, write_text
 from elastune.inputs import source_hashes
+from elastune.yaml_text import parse_yaml
 
 SCHEMA = 1
 
@@ -91,7 +92,7 @@ class RunDirectory:
                 try_=f"elastune run RECIPE --out {self.root}",
             )
         try:
-            data = yaml.safe_load(self.recipe_file.read_text(encoding="utf-8"))
+            data = parse_yaml(self.recipe_file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise BadArtifact(
                 f"{self.recipe_file} is corrupt: {error}",
@@ -101,9 +102,9 @@ class RunDirectory:
 
     def keep_recipe(self) -> None:
         """Write the claimed recipe; before this, a claim leaves no trace."""
-        if self._pending_recipe is not None:
-            write_text(self.recipe_file, dump_recipe(self._pending_recipe))
-            self._pending_recipe = None
+        recipe, self._pending_recipe = self._pending_recipe, None
+        if recipe is not None and not (self.recipe_file.exists() and self.recipe() == recipe):
+            write_text(self.recipe_file, dump_recipe(recipe))
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -54,6 +54,7 @@ def lora_space(
     grouped = _groups(groups or LORA_GROUPS, targets, known)
     patterns = dict(ranks) if isinstance(ranks, Mapping) else {"*": ranks}
     used: set[str] = set()
+    names = []
     dims = []
     for index, block in enumerate(record.block_names(model)):
         for group, roles in grouped.items():
@@ -61,6 +62,7 @@ def lora_space(
             if not modules:
                 continue
             name = f"layers.{index}.{group}"
+            names.append(name)
             matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
             used.update(matching)
             if matching:
@@ -68,7 +70,7 @@ def lora_space(
                 if choices != (0,):
                     dims.append(ElasticDim(name, "rank", choices, modules))
     unused = [pattern for pattern in patterns if pattern not in used]
-    if unused:
+    if unused and names:
         example = f"layers.0.{next(iter(grouped))}"
         raise InvalidSpace(
             f"adapter.ranks: {', '.join(map(repr, unused))} matches no dim; dims are named like "

@@ -50,7 +50,7 @@ class CalibrationBlock:
         # What the last projection of a decoder block writes is of no use yet, and costs a quarter
         # of the pass: it is computed in `advance`, with whatever was done to the block by then.
         last = self.linears["down"]
-        forward = last.forward
+        own_forward = vars(last).get("forward")
         last.forward = (
             lambda x: x.new_zeros(()).expand(  # type: ignore[method-assign,assignment]
                 *x.shape[:-1], last.out_features
@@ -60,7 +60,9 @@ class CalibrationBlock:
             for _ in self._run():
                 pass
         finally:
-            last.forward = forward  # type: ignore[method-assign]
+            del last.forward  # the class's own shows again
+            if own_forward is not None:
+                last.forward = own_forward  # type: ignore[method-assign]
             for handle in hooks:
                 handle.remove()
 

@@ -20,13 +20,13 @@ def check(run: Run) -> None:
     """
     _check_training(run)
     model, _ = run.load_dense()
+    run.space_of(model)
     if architecture(model).kind != "decoder":
         raise UnsupportedModel(
             f"method {run.recipe.method!r} trains text generation, and {run.recipe.model!r} "
             f"({model.config.model_type}) is an encoder",
             try_="a decoder such as smollm2-135m",
         )
-    run.space_of(model)
     _check_examples(run)
     _check_sparsity(run, model)
 

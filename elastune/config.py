@@ -6,7 +6,6 @@ some. No torch is imported here, so a bad recipe is refused at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +22,7 @@ from pydantic import (
 )
 
 from elastune.errors import BadRecipe, nearest
+from elastune.yaml_text import dump_yaml, parse_yaml
 
 BASELINES = ("dense", "dense+lora", "sparse", "sparse+lora")
 
@@ -238,7 +238,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
             f"cannot read the recipe {path}: {error}", try_="a file of recipes/, or a path to one"
         ) from error
     try:
-        data = yaml.safe_load(text)
+        data = parse_yaml(text)
     except yaml.YAMLError as error:
         raise BadRecipe(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -263,7 +263,7 @@ def make_recipe(data: Mapping[str, Any], source: str) -> Recipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML, with every default spelled out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -282,15 +282,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
         place[section] = inner = dict(inner or {})
         place = inner
     try:
-        place[last] = yaml.safe_load(value)
+        place[last] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise BadRecipe(f"--set {override!r}: the value is not valid YAML") from error
-    # YAML 1.1 reads 3e-4 (no dot) as text.
-    if isinstance(place[last], str) and _EXPONENT.fullmatch(place[last]):
-        place[last] = float(place[last])
-
-
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def _explain(item: Any) -> str:

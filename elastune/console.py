@@ -12,7 +12,7 @@ from rich.text import Text
 
 from elastune.progress import Bar, Reporter
 
-_TITLE_WIDTH = 28
+_TITLE_WIDTH = 26
 
 
 class _Facts(ProgressColumn):
@@ -66,6 +66,8 @@ def _rate(task: Task) -> str:
     unit = str(task.fields["unit"])
     if not speed:
         return ""
+    if speed >= 10_000:
+        return f"{speed / 1000:.0f}k {unit}/s"
     return f"{speed:.1f} {unit}/s" if speed >= 1 else f"{1 / speed:.1f} s/{unit.rstrip('s')}"
 
 

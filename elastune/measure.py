@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from elastune.config import TaskConfig
 from elastune.cost import Cost, CostModel, model_cost, prefill_latency_ms
 from elastune.evaluate import evaluate
+from elastune.files import remove, write_text
 from elastune.inputs import fingerprint, report_key
 from elastune.run import Run
 from elastune.space import SubnetConfig
@@ -74,6 +75,8 @@ def measure(run: Run, names: list[str] | None = None) -> None:
                 continue
             with run.dir.stage(*stages[place]):
                 same = known.get((system.key, task.label))
+                if same is not None:
+                    _share_predictions(run, task, same["name"], system.name)
                 row = same or _score(run, system.name, model, task)
                 rows[place] = {
                     **row,
@@ -84,10 +87,9 @@ def measure(run: Run, names: list[str] | None = None) -> None:
                 known[system.key, task.label] = rows[place]
                 keep = [] if names is None else list(old.values())
                 run.dir.set_metrics(_ordered(wanted, run, rows, keep))
-    if rows:
-        run.dir.set_metrics(
-            _ordered(wanted, run, rows, [] if names is None else list(old.values()))
-        )
+    whole = _ordered(wanted, run, rows, [] if names is None else list(old.values()))
+    if whole != list(old.values()):
+        run.dir.set_metrics(whole)
 
 
 def _row_key(run: Run, system: System, task: TaskConfig) -> str:
@@ -95,6 +97,15 @@ def _row_key(run: Run, system: System, task: TaskConfig) -> str:
     cfg = run.recipe.evaluate
     files = run.dir.sources(run.recipe).get(report_key(task))
     return fingerprint(system.key, task, files, cfg.macs_length, cfg.latency)
+
+
+def _share_predictions(run: Run, task: TaskConfig, giver: str, taker: str) -> None:
+    """Give the answers of one system to another that is the same sub-network."""
+    source = run.dir.prediction_file(giver, task.label)
+    target = run.dir.prediction_file(taker, task.label)
+    remove(target)
+    if source.exists():
+        write_text(target, source.read_text(encoding="utf-8"))
 
 
 def _missing(system: System, run: Run, rows: dict[tuple[str, str], Any]) -> bool:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -29,12 +30,15 @@ class SubnetConfig(Mapping[str, int]):
     16
     >>> SubnetConfig.from_json(config.to_json()) == config
     True
+
+    Raises:
+        InvalidSubnet: a choice that is not a whole number.
     """
 
     __slots__ = ("_choices", "_hash")
 
     def __init__(self, choices: Mapping[str, int]) -> None:
-        self._choices = {name: int(choice) for name, choice in choices.items()}
+        self._choices = {name: _whole(name, choice) for name, choice in choices.items()}
         self._hash = hash(frozenset(self._choices.items()))
 
     def __getitem__(self, name: str) -> int:
@@ -77,11 +81,16 @@ class SubnetConfig(Mapping[str, int]):
             choices = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidSubnet(f"a sub-network is a JSON object, got {text[:80]!r}") from error
-        if not isinstance(choices, dict) or not all(
-            isinstance(choice, int) and not isinstance(choice, bool) for choice in choices.values()
-        ):
+        if not isinstance(choices, dict):
             raise InvalidSubnet(f"a sub-network maps dim names to whole numbers, got {text[:80]!r}")
         return cls(choices)
+
+
+def _whole(name: str, choice: Any) -> int:
+    """Return the choice as a plain int; numpy's integers are welcome, 16.7 and True are not."""
+    if isinstance(choice, bool) or not hasattr(choice, "__index__"):
+        raise InvalidSubnet(f"{name}: a choice must be a whole number, got {choice!r}")
+    return operator.index(choice)
 
 
 @dataclass(frozen=True)
@@ -105,6 +114,9 @@ class ElasticDim:
             raise InvalidSpace(
                 f"{self.name}: choices must be distinct and largest first, got {self.choices}"
             )
+        if self.kind not in get_args(DimKind):
+            known = ", ".join(get_args(DimKind))
+            raise InvalidSpace(f"{self.name}: unknown kind {self.kind!r}; known are {known}")
         if self.choices[-1] < 0:
             raise InvalidSpace(f"{self.name}: choices cannot be negative, got {self.choices}")
         if not self.modules:
@@ -250,16 +262,19 @@ class SearchSpace:
             InvalidSpace: a field is missing or of the wrong type.
         """
         try:
-            return cls(
-                [
-                    ElasticDim(
-                        str(row["name"]),
-                        row["kind"],
-                        tuple(int(choice) for choice in row["choices"]),
-                        tuple(str(module) for module in row["modules"]),
-                    )
-                    for row in data["dims"]
-                ]
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            return cls([_dim_from_dict(row) for row in data["dims"]])
+        except (KeyError, TypeError, InvalidSubnet) as error:
             raise InvalidSpace(f"not a search space: {error!r}") from error
+
+
+def _dim_from_dict(row: Mapping[str, Any]) -> ElasticDim:
+    """Build a dim from one row of `SearchSpace.to_dict`."""
+    name, choices, modules = row["name"], row["choices"], row["modules"]
+    if not isinstance(choices, list) or not isinstance(modules, list):
+        raise TypeError(f"choices and modules of {name} must be lists")
+    return ElasticDim(
+        str(name),
+        row["kind"],
+        tuple(_whole(name, choice) for choice in choices),
+        tuple(str(module) for module in modules),
+    )

@@ -26,6 +26,7 @@ from elastune.importance import (
     sparsegpt_prune,
     wanda_scores,
 )
+from elastune.importance.base import zeros_per_row
 from elastune.models import architecture
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -62,6 +63,14 @@ class Sparsity:
             raise BadRecipe(f"sparsity must be at least 0 and below 1, got {ratio}")
         return cls(float(ratio))
 
+    def check(self, n_columns: int) -> None:
+        """Raise BadRecipe where rows of ``n_columns`` weights cannot be cut into groups of m."""
+        if self.n_of_m is not None and n_columns % self.n_of_m[1]:
+            raise BadRecipe(
+                f"rows of {n_columns} weights cannot be cut into groups of {self.n_of_m[1]}",
+                try_="a pattern whose m divides the widths of the model, or a ratio",
+            )
+
 
 @torch.no_grad()
 def keep_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
@@ -78,15 +87,14 @@ def keep_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
         BadRecipe: rows cannot be cut into groups of m.
     """
     n_rows, n_columns = scores.shape
+    sparsity.check(n_columns)
     if sparsity.n_of_m is not None:
         n, m = sparsity.n_of_m
-        if n_columns % m:
-            raise BadRecipe(f"rows of {n_columns} weights cannot be cut into groups of {m}")
         grouped = scores.reshape(n_rows, n_columns // m, m)
         dropped = grouped.topk(n, dim=2, largest=False).indices
         mask = torch.ones_like(grouped, dtype=torch.bool).scatter_(2, dropped, False)
         return mask.view(n_rows, n_columns)
-    n_dropped = int(n_columns * sparsity.ratio)
+    n_dropped = zeros_per_row(n_columns, sparsity.ratio)
     if n_dropped == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(n_dropped, dim=1, keepdim=True).values
@@ -121,7 +129,8 @@ def sparsify_(
         Weight name -> bool mask of what was kept, ``(O, I)``.
 
     Raises:
-        BadRecipe: unknown method, or calibration missing.
+        BadRecipe: unknown method, calibration missing, or rows that a pattern does not fit; the
+            model is then as it was.
     """
     if method not in METHODS:
         raise BadRecipe(f"unknown sparsifier {method!r}; known are {', '.join(METHODS)}")
@@ -129,6 +138,8 @@ def sparsify_(
     masks: dict[str, Tensor] = {}
     record = architecture(model)
     n_blocks = len(record.blocks_of(model))
+    for name in record.linear_names(model):  # before the first weight is changed
+        sparsity.check(int(model.get_submodule(name).in_features))  # type: ignore[arg-type]
     if statistic is None:
         for name in record.linear_names(model):
             linear = model.get_submodule(name)

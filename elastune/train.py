@@ -16,8 +16,8 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -85,18 +86,36 @@ def train(
     log = _StepLog(folder / "train.jsonl", net, progress)
     with ExitStack() as stack:
         stack.enter_context(packed_attention(net.model))
+        if cfg.gradient_checkpointing:
+            stack.enter_context(_checkpointed(net.model))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = _SuperNetworkTrainer(net, sampler, cfg, log, examples, folder)
         started = time.monotonic()
-        outcome = trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+        with suppress(_NothingLeft):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     save_trained(net, folder)
     for checkpoint in folder.glob("checkpoint-*"):
+        # Unmarked first: one that is half deleted must not be resumed from.
+        (checkpoint / _COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
     net.model.eval()
     net.activate(net.space.largest())
     seconds = time.monotonic() - started
-    return TrainResult(outcome.global_step, log.last_loss, seconds, log.tokens)
+    return TrainResult(trainer.state.global_step, log.last_loss, seconds, log.tokens)
+
+
+@contextmanager
+def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
+    """Let the model recompute activations in the backward pass as long as the context lasts."""
+    # transformers calls it activation checkpointing of late, and warns of the older name.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+        model.disable_input_require_grads()
 
 
 def save_trained(net: SuperNetwork, folder: Path) -> None:
@@ -183,10 +202,6 @@ class _SuperNetworkTrainer(Trainer):
             callbacks=[log],
         )
         self.remove_callback(PrinterCallback)
-        if cfg.gradient_checkpointing:
-            net.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count the labelled tokens of all micro-batches of a step, over all processes."""
@@ -287,6 +302,10 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
     )
 
 
+class _NothingLeft(Exception):
+    """The checkpoint to go on from is of the last step; the stock loop would train one more."""
+
+
 class _StepLog(TrainerCallback):
     """Writes train.jsonl, marks checkpoints complete and tells the progress."""
 
@@ -314,12 +333,15 @@ class _StepLog(TrainerCallback):
         rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         kept = rows[: state.global_step]
         self.tokens = sum(json.loads(row)["tokens"] for row in kept)
+        self.last_loss = json.loads(kept[-1])["loss"] if kept else math.nan
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(kept))
         partial.replace(self.path)
         self._started = time.monotonic()
         if self.progress is not None and kept:
             self.progress(state.global_step, state.max_steps, {})
+        if state.global_step >= state.max_steps:
+            raise _NothingLeft
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any

@@ -233,11 +233,15 @@ def test_a_second_process_is_refused_until_the_first_ends_or_dies(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_deleted_by_its_last_holder_is_not_taken_for_held(tmp_path: Path) -> None:
-    with RunDirectory(tmp_path).lock():
-        os.replace(tmp_path / ".lock", tmp_path / "moved")  # as if deleted and made anew
-        with RunDirectory(tmp_path).lock():
-            assert (tmp_path / ".lock").exists()
+def test_a_lock_deleted_while_it_was_waited_for_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock_after_deletion(file: Any, how: int) -> None:
+        (tmp_path / ".lock").unlink()
+
+    monkeypatch.setattr("fcntl.flock", flock_after_deletion)
+    with pytest.raises(BadRecipe, match="another run is at work"), RunDirectory(tmp_path).lock():
+        pass
 
 
 # --- what a stage depends on --------------------------------------------------------------------

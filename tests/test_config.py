@@ -111,13 +111,18 @@ OVERRIDES: list[tuple[str, str, Any]] = [
     ("data.dir=my data", "data.dir", Path("my data")),
     ("model=1e5/x", "model", "1e5/x"),
     ("model=a=b", "model", "a=b"),
+    ("model='3e4'", "model", "3e4"),
+    ("sparsify.pattern=2:4", "sparsify.pattern", "2:4"),
     ("sparsify.calibration.source=c4", "sparsify.calibration.source", "c4"),
 ]
 
 
 @pytest.mark.parametrize(("text", "key", "value"), OVERRIDES)
 def test_overrides_are_yaml_values(recipe_file: Path, text: str, key: str, value: Any) -> None:
-    place: Any = load_recipe(recipe_file, [text])
+    recipe = load_recipe(recipe_file, [text])
+    recipe_file.write_text(dump_recipe(recipe))
+    assert load_recipe(recipe_file) == recipe
+    place: Any = recipe
     for part in key.split("."):
         place = place[int(part)] if part.isdigit() else getattr(place, part)
     assert place == value

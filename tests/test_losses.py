@@ -27,11 +27,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def build(name: str) -> Any:
     model_type, changes = MODELS[name]
     return tiny_model(model_type, **changes)

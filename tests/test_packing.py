@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -49,11 +50,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def build(family: str) -> Any:
     model_type, changes = FAMILIES[family]
     return tiny_model(model_type, **changes)
@@ -70,7 +66,7 @@ def packed_logits(model: Any, batch: PackedBatch) -> Tensor:
 def logits_alone(model: Any, batch: PackedBatch) -> Tensor:
     """The stock model, one call per sequence: no positions, no masks, nothing packed."""
     starts = batch.starts.tolist()
-    rows = [batch.input_ids[:, a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    rows = [batch.input_ids[:, a:b] for a, b in pairwise(starts)]
     return torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
 
 
@@ -84,9 +80,7 @@ def test_packed_logits_and_gradients_are_those_of_each_sequence_alone(family: st
     found = packed_logits(model, batch)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     gradients = torch.autograd.grad(found, list(model.parameters()), upstream, allow_unused=True)
-    for (name, _), mine, theirs in zip(
-        model.named_parameters(), gradients, wanted, strict=True
-    ):
+    for (name, _), mine, theirs in zip(model.named_parameters(), gradients, wanted, strict=True):
         assert mine is not None, name
         torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-4)
 

@@ -18,3 +18,9 @@ class InputStatistic(Protocol):
 
     def add(self, x: Tensor) -> None:
         """Take in the inputs of one batch, ``(tokens, I)``."""
+
+
+def zeros_per_row(n_columns: int, ratio: float) -> int:
+    """Return how many of a row's weights a ratio zeroes: ``floor(n_columns * ratio)``."""
+    # 100 * 0.29 is a hair below 29 in floating point.
+    return int(n_columns * ratio + 1e-6)

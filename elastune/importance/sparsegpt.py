@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from elastune.importance.base import zeros_per_row
+
 _BLOCK_COLUMNS = 128
 _DAMPING = 0.01
 """Share of the Hessian's mean diagonal added to it, as in the paper's code."""
@@ -59,7 +61,8 @@ def sparsegpt_prune(
         weight: ``(O, I)``.
         inputs: the Hessian of the weight's inputs.
         ratio: share of zeros in each row.
-        n_of_m: (n, m): zero n of each m consecutive weights of a row, instead of ``ratio``.
+        n_of_m: (n, m): zero n of each m consecutive weights of a row, instead of ``ratio``; m must
+            divide I.
 
     Returns:
         The new weight, float32 ``(O, I)``, and the mask of kept weights, bool ``(O, I)``.
@@ -69,13 +72,15 @@ def sparsegpt_prune(
     w[:, dead] = 0
     kept = torch.ones_like(w, dtype=torch.bool)
     n_columns = w.shape[1]
-    for start in range(0, n_columns, _BLOCK_COLUMNS):
-        stop = min(start + _BLOCK_COLUMNS, n_columns)
+    # A group of m never straddles two blocks.
+    width = _BLOCK_COLUMNS if n_of_m is None else max(_BLOCK_COLUMNS // n_of_m[1], 1) * n_of_m[1]
+    for start in range(0, n_columns, width):
+        stop = min(start + width, n_columns)
         u = factor[start:stop, start:stop]
         block = w[:, start:stop]
         mask = kept[:, start:stop]
         if n_of_m is None:
-            n_zeros = round(stop * ratio) - round(start * ratio)
+            n_zeros = zeros_per_row(stop, ratio) - zeros_per_row(start, ratio)
             _drop_smallest(mask, block, u, n_zeros)
         errors = torch.zeros_like(block)
         for j in range(stop - start):
