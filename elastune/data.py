@@ -97,10 +97,16 @@ def make_splits(
         )
     shuffled = [training[i] for i in order]
     validation = shuffled[:n_validation]
-    train = shuffled[n_validation:][: n_train or None]
     # A question asked twice in the training file must not stand on both sides of the cut.
     seen = {normalise(example.key) for example in validation}
-    train = [example for example in train if normalise(example.key) not in seen]
+    rest = [example for example in shuffled[n_validation:] if normalise(example.key) not in seen]
+    if len(rest) < (n_train or 1):
+        raise BadData(
+            f"{len(rest)} training examples ask what validation does not, and "
+            f"{n_train or 'at least 1'} are needed: questions of the training file repeat",
+            try_="lower data.n_train or data.n_validation, or drop the repeats",
+        )
+    train = rest[:n_train]
     splits = Splits(train[:n_calibration], train, validation, report)
     check_disjoint({"train": train, "validation": validation, **prefixed(report)})
     return splits

@@ -21,6 +21,7 @@ from elastune.files import whole_folder, write_text
 from elastune.space import SubnetConfig
 from elastune.supernet import SuperNetwork
 
+
 @dataclass(frozen=True)
 class PeftAdapter:
     """An extracted sub-adapter.
@@ -93,8 +94,8 @@ def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
             "every rank of this sub-network is 0, so there is no adapter to extract",
             try_="use the base model as it is",
         )
-    # PEFT expects the adapter file of a classifier or reader to hold the trained head too. Ours stays
-    # the base model's own, so that only language models name their task.
+    # PEFT expects the adapter file of a classifier or reader to hold a trained head too. Ours is
+    # the base model's own, so only language models name their task.
     name = type(net.model).__name__
     is_causal = name.endswith(("CausalLM", "LMHeadModel"))
     task_type = TaskType.CAUSAL_LM if is_causal else None

@@ -82,7 +82,7 @@ def completion_loss(model: PreTrainedModel, batch: PackedBatch) -> tuple[Tensor,
     if supports_packed_attention(model):
         inputs["sequence_starts"] = tuple(batch.starts.tolist())
     head = model.get_output_embeddings()
-    if architecture(model).plain_head and not head.weight.requires_grad:
+    if architecture(model).plain_head and not any(p.requires_grad for p in head.parameters()):
         hidden = model.base_model(**inputs).last_hidden_state[0, positions]
         bias = getattr(head, "bias", None)
         loss = head_loss(hidden, head.weight, bias, labels)

@@ -48,10 +48,15 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, had_one: bool)
         target.mkdir()
         (target / "old").write_text("1")
     before = content(tmp_path)
-    with pytest.raises(Killed), whole_folder(target) as partial:
-        (partial / "new").write_text("2")
-        assert content(target) == ({"old": "1"} if had_one else {})
-        raise Killed
+
+    def replace_half() -> None:
+        with whole_folder(target) as partial:
+            (partial / "new").write_text("2")
+            assert content(target) == ({"old": "1"} if had_one else {})
+            raise Killed
+
+    with pytest.raises(Killed):
+        replace_half()
     assert content(tmp_path) == before
     with whole_folder(target) as partial:
         (partial / "new").write_text("2")
@@ -105,9 +110,13 @@ def test_a_stage_is_done_for_its_own_inputs_only(run: RunDirectory) -> None:
 
 
 def test_a_stage_that_raised_is_not_done_and_keeps_its_outputs_to_go_on(run: RunDirectory) -> None:
-    with pytest.raises(Killed), run.stage("train", "a", run.supernet):
-        write_text(run.supernet / "checkpoint", "half")
-        raise Killed
+    def train_half() -> None:
+        with run.stage("train", "a", run.supernet):
+            write_text(run.supernet / "checkpoint", "half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_half()
     assert not run.is_done("train", "a")
     with run.stage("train", "a", run.supernet):
         assert content(run.supernet) == {"checkpoint": "half"}
@@ -159,7 +168,8 @@ def test_files_of_another_schema_are_refused(run: RunDirectory, file: str) -> No
     path = getattr(run, file)
     read = run.manifest if file == "manifest_file" else run.metrics
     assert read()["schema"] == 1
-    for wrong in ({"schema": 2}, {}, []):
+    others: list[Any] = [{"schema": 2}, {}, []]
+    for wrong in others:
         write_json(path, wrong)
         with pytest.raises(BadArtifact, match="this version reads 1"):
             read()

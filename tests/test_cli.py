@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 from rich.console import Console
 from tiny_run import save_recipe, save_sums, save_tiny_model, start_cli, tiny_recipe
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from elastune.cli import app
 from elastune.console import ConsoleReporter
@@ -207,9 +206,7 @@ def test_training_on_what_is_reported_is_refused(recipe: Path, data: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_corrupt_model_is_refused_by_file_name(
-    recipe: Path, model: Path, tmp_path: Path
-) -> None:
+def test_a_corrupt_model_is_refused_by_file_name(recipe: Path, model: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(model, tmp_path / "broken"))
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -367,7 +364,7 @@ def test_a_loss_that_diverges_names_the_step_and_keeps_the_checkpoint(
 
     calls = 0
 
-    def loss_until_step_four(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss_until_step_four(*arguments: Any) -> tuple[torch.Tensor, int]:
         nonlocal calls
         calls += 1
         loss, count = completion_loss(*arguments)

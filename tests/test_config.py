@@ -16,8 +16,11 @@ from elastune.errors import BadRecipe
 
 REPO = Path(__file__).resolve().parent.parent
 SMALLEST = {"model": "smollm2-135m", "task": "gsm8k"}
-SECTIONS = [kind for kind in vars(config).values() if isinstance(kind, type)]
-SECTIONS = [k for k in SECTIONS if issubclass(k, BaseModel) and k.__module__ == config.__name__]
+SECTIONS = [
+    kind
+    for kind in vars(config).values()
+    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.__module__ == config.__name__
+]
 
 
 def refused(data: dict[str, Any]) -> str:
@@ -196,7 +199,12 @@ def test_every_wrong_setting_is_in_the_one_message() -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"a: [", "not valid YAML"), (b"- a\n- b", "mapping"), (b"", "mapping"), (b"\xff\xfe\x00", "")],
+    [
+        (b"a: [", "not valid YAML"),
+        (b"- a\n- b", "mapping"),
+        (b"", "mapping"),
+        (b"\xff\xfe\x00", ""),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "broken.yaml"
@@ -216,7 +224,7 @@ def test_a_missing_recipe_names_the_path_and_a_way_out(tmp_path: Path) -> None:
 
 def test_a_recipe_cannot_be_changed_behind_a_runs_back() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        make_recipe(SMALLEST, "").train.epochs = 4
+        make_recipe(SMALLEST, "").train.epochs = 4  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

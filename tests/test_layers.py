@@ -27,8 +27,10 @@ LAYERS: list[set[str]] = [
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 #: These start at once, or work without torch: it must not be imported before it is needed.
-WITHOUT_TORCH = ("__init__", "__main__", "cli", "config", "errors", "space", "search", "artifacts")
-WITHOUT_TORCH += ("inputs", "files", "yaml_text", "progress", "report")
+WITHOUT_TORCH = (
+    *("__init__", "__main__", "cli", "config", "errors", "space", "search", "artifacts"),
+    *("inputs", "files", "yaml_text", "progress", "report"),
+)
 HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")
 
 FILES = sorted(PACKAGE.rglob("*.py"))

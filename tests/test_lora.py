@@ -125,9 +125,9 @@ def test_the_hand_written_gradient_passes_gradcheck(rank: int) -> None:
     torch.manual_seed(0)
     shapes = [(2, 3, 4), (5, 4), (5,), (rank, 4), (5, rank)]
     x, weight, bias, a, b = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    inputs = (x.requires_grad_(), weight, bias, a.requires_grad_(), b.requires_grad_(), 1.7)
+    inputs: Any = (x.requires_grad_(), weight, bias, a.requires_grad_(), b.requires_grad_(), 1.7)
     assert torch.autograd.gradcheck(_FrozenLinearPlusLoRA.apply, inputs)
-    without_bias = (x, weight, None, a, b, 0.3)
+    without_bias: Any = (x, weight, None, a, b, 0.3)
     assert torch.autograd.gradcheck(_FrozenLinearPlusLoRA.apply, without_bias)
 
 
@@ -249,3 +249,20 @@ def test_reset_draws_as_plain_lora_does_and_repeats_by_seed() -> None:
     # Kaiming with a = sqrt 5 is uniform within 1 / sqrt(I).
     assert float(first.abs().max()) <= 1 / math.sqrt(IN)
     assert float(first.abs().max()) > 0.8 / math.sqrt(IN)
+
+
+def test_hooks_of_the_base_module_are_called_and_a_training_bias_gets_its_gradient() -> None:
+    base = nn.Linear(6, 4)
+    base.requires_grad_(False)
+    layer = ElasticLoRALinear.from_base(base, 2, alpha=4)
+    x = torch.randn(3, 6)
+    seen: list[torch.Tensor] = []
+    handle = base.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hooked = layer(x)
+    handle.remove()
+    assert len(seen) == 1
+    torch.testing.assert_close(hooked, layer(x))
+    assert base.bias is not None
+    base.bias.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(base.bias.grad, torch.full((4,), 3.0))

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from elastune.errors import BadArtifact, BadRecipe, UnsupportedModel
-from elastune.models import load_model, save_model
 from elastune.files import whole_folder
+from elastune.models import load_model, save_model
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "mat", "a", "dog"]
 SMALL: dict[str, Any] = {

@@ -29,12 +29,16 @@ def test_promised_names_are_sorted_listed_and_typed() -> None:
     assert dir(et) == sorted(et.__all__)
     tree = ast.parse(Path(et.__file__).read_text(encoding="utf-8"))
     blocks = [node for node in tree.body if isinstance(node, ast.If)]
-    typed = {a.name for b in blocks for n in b.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    typed = {
+        a.name for b in blocks for n in b.body if isinstance(n, ast.ImportFrom) for a in n.names
+    }
     assert typed | {"__version__"} == set(et.__all__)
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import elastune, sys; print(sorted({'torch', 'transformers', 'optuna'} & {*sys.modules}))"
+    code = (
+        "import elastune, sys; print(sorted({'torch', 'transformers', 'optuna'} & {*sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -200,7 +200,7 @@ def test_divergence_names_the_step_and_keeps_the_last_checkpoint(
 def test_divergence_before_any_checkpoint_says_so(tmp_path: Path) -> None:
     net = tiny_net(tiny_model("llama"))
     with torch.no_grad():
-        net.model.get_input_embeddings().weight.fill_(float("inf"))
+        net.model.get_parameter("model.embed_tokens.weight").fill_(float("inf"))
     sampler = RandomSampler(net.space, seed=3)
     with pytest.raises(TrainingDiverged, match="at step 1; no checkpoint had been written yet"):
         train(net, EXAMPLES, sampler, TrainConfig(**SETTINGS), folder=tmp_path)

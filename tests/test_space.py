@@ -100,7 +100,8 @@ def test_json_makes_the_round_trip() -> None:
         assert "\n" not in text
         assert json.loads(text) == dict(config)
         assert SubnetConfig.from_json(text) == config
-    assert SubnetConfig({"a": np.int64(3)}).to_json() == '{"a": 3}'
+    numpy_choices: Any = {"a": np.int64(3)}
+    assert SubnetConfig(numpy_choices).to_json() == '{"a": 3}'
 
 
 @pytest.mark.parametrize("text", ["[1]", "3", "{", '{"a": 1.5}', '{"a": true}', '{"a": "3"}', ""])

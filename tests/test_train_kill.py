@@ -65,9 +65,7 @@ def test_a_killed_run_started_again_writes_the_same_file(tmp_path: Path) -> None
     assert not (broken / "trained.safetensors").exists()
     assert list(broken.glob("checkpoint-*/complete"))
 
-    with start(broken, 0.0) as process:
-        _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-2000:]
+    fit(broken)
     fit(tmp_path / "whole")
     assert steps_logged(broken) == list(range(1, STEPS + 1))
     names = sorted(path.name for path in broken.iterdir())

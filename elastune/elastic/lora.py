@@ -112,13 +112,9 @@ class ElasticLoRALinear(nn.Module):
             return self.base(x)
         scale = self.scale_at(rank)
         a, b = self.lora_A[:rank], self.lora_B[:, :rank]
-        plain = type(self.base) is nn.Linear and not self.base.weight.requires_grad
-        if (
-            plain
-            and self.dropout is None
-            and x.dtype == a.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        autocast = torch.is_autocast_enabled(x.device.type)
+        same_kind = self.dropout is None and x.dtype == a.dtype and not autocast
+        if same_kind and _is_plain_and_frozen(self.base):
             return _FrozenLinearPlusLoRA.apply(x, self.base.weight, self.base.bias, a, b, scale)
         out = self.base(x)
         inputs = x if self.dropout is None else self.dropout(x)
@@ -134,6 +130,17 @@ class ElasticLoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.active_rank} of {self.max_rank}, alpha={self.alpha}, {self.scaling}"
+
+
+def _is_plain_and_frozen(base: nn.Module) -> bool:
+    """Tell whether calling ``base`` is a matrix product and nothing more: no hooks, no training."""
+    return (
+        type(base) is nn.Linear
+        and not base.weight.requires_grad
+        and (base.bias is None or not base.bias.requires_grad)
+        and not (base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
+        and "forward" not in vars(base)  # replaced by accelerate's offloading, for one
+    )
 
 
 class _FrozenLinearPlusLoRA(torch.autograd.Function):

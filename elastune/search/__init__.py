@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from elastune.errors import BadRecipe, nearest
+from elastune.errors import BadArtifact, BadRecipe, ElastuneError, nearest
 from elastune.search import random_search
 from elastune.search.base import Objective, Propose, SearchResult, Trial
-from elastune.space import SearchSpace
+from elastune.space import SearchSpace, SubnetConfig
 
 ALGORITHMS: Mapping[str, Propose] = {"random": random_search.propose}
 
@@ -45,7 +46,8 @@ def search(
 
     Raises:
         BadRecipe: unknown algorithm.
-        BadArtifact: the journal is corrupt or of another search.
+        BadArtifact: the journal is corrupt, of another space or of other objectives.
+        ElastuneError: a configuration measures as NaN or infinite; its trial is not recorded.
     """
     if algorithm not in ALGORITHMS:
         raise BadRecipe(
@@ -57,13 +59,29 @@ def search(
 
     store = TrialStore(storage, values)
     history = store.trials()
+    if any(trial.config not in space for trial in history):
+        raise BadArtifact(f"{storage} is of another search space", try_="delete it")
     total = min(trials, space.size)
     for number in range(len(history), total):
         rng = np.random.default_rng((seed, number))
         config = ALGORITHMS[algorithm](space, history, rng)
-        measured = dict(objective(config))
+        measured = _checked(objective(config), values, config)
         store.add(config, measured)
         history.append(Trial(number, config, measured))
         if progress is not None:
             progress(number + 1, total, history[-1])
     return SearchResult(tuple(history))
+
+
+def _checked(
+    measured: Mapping[str, float], values: tuple[str, ...], config: SubnetConfig
+) -> dict[str, float]:
+    """Return the measured values in the order of ``values``, which is that of the journal."""
+    ordered = {name: float(measured[name]) for name in values}
+    for name, value in ordered.items():
+        if not math.isfinite(value):
+            raise ElastuneError(
+                f"{name} is {value} for the sub-network {config.short()}",
+                try_="dtype=float32, or training again with a lower learning rate",
+            )
+    return ordered

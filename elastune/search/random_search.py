@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from elastune.search.base import Trial
 from elastune.space import SearchSpace, SubnetConfig
-
-_ATTEMPTS = 100
 
 
 def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator) -> SubnetConfig:
@@ -18,9 +17,11 @@ def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generato
     for config in (space.heuristic(), space.largest(), space.smallest()):
         if config not in tried:
             return config
+    if 2 * len(tried) >= space.size:  # few are left, and so few in all that they can be listed
+        codes = itertools.product(*(range(len(dim.choices)) for dim in space.dims))
+        left = [config for config in map(space.decode, codes) if config not in tried]
+        return left[int(rng.integers(len(left)))] if left else space.sample(rng)
     draw = space.sample(rng)
-    for _ in range(_ATTEMPTS):
-        if draw not in tried:
-            break
+    while draw in tried:
         draw = space.sample(rng)
     return draw

@@ -6,16 +6,16 @@ milliseconds, and the journal still opens in Optuna's dashboard.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
-from elastune.errors import BadArtifact
+from elastune.errors import BadArtifact, InvalidSubnet
 from elastune.search.base import Trial
 from elastune.space import SubnetConfig
 
@@ -36,8 +36,10 @@ class TrialStore:
     def __init__(self, path: Path, values: tuple[str, ...]) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self.values = values
-        try:
+        _cut_torn_line(path)
+        with self._reading():
             storage = JournalStorage(JournalFileBackend(str(path)))
             self._study = optuna.create_study(
                 storage=storage,
@@ -46,24 +48,42 @@ class TrialStore:
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(),
             )
-        except (ValueError, json.JSONDecodeError, KeyError) as error:
+            names = self._study.user_attrs.get("values")
+            is_new = names is None and not self._study.get_trials(deepcopy=False)
+        if is_new:
+            self._study.set_user_attr("values", list(values))
+        elif names != list(values):
             raise BadArtifact(
-                f"the search journal {path} cannot be read: {error}", try_="delete it"
+                f"{path} was made for other objectives: {names or 'unknown'}", try_="delete it"
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the journal in whatever goes wrong with its content."""
+        try:
+            yield
+        # Optuna replays the lines as they are, so that damage shows as any of these.
+        except (ValueError, LookupError, TypeError, AttributeError, InvalidSubnet) as error:
+            raise BadArtifact(
+                f"the search journal {self.path} cannot be read: {error!r}", try_="delete it"
             ) from error
-        if len(self._study.directions) != len(values):
-            raise BadArtifact(f"{path} was made for other objectives", try_="delete it")
 
     def trials(self) -> list[Trial]:
-        """Return the finished trials, numbered from 0 in the order they were finished in."""
-        finished = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return [
-            Trial(
-                number,
-                SubnetConfig.from_json(trial.user_attrs["config"]),
-                dict(zip(self.values, trial.values, strict=True)),
-            )
-            for number, trial in enumerate(finished)
-        ]
+        """Return the finished trials, numbered from 0 in the order they were finished in.
+
+        Raises:
+            BadArtifact: a trial that is none of ours.
+        """
+        with self._reading():
+            finished = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            return [
+                Trial(
+                    number,
+                    SubnetConfig.from_json(trial.user_attrs["config"]),
+                    dict(zip(self.values, trial.values, strict=True)),
+                )
+                for number, trial in enumerate(finished)
+            ]
 
     def add(self, config: SubnetConfig, values: Mapping[str, float]) -> None:
         """Record a finished trial."""
@@ -74,3 +94,19 @@ class TrialStore:
                 user_attrs={"config": config.to_json()},
             )
         )
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill left unfinished: the next line would be glued to it."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    lock = JournalFileSymlinkLock(str(path))  # the one that Optuna's writers take
+    lock.acquire()
+    try:
+        content = path.read_bytes()
+        end = content.rfind(b"\n") + 1
+        if end < len(content) and content.startswith(b'{"op_code"'):
+            with path.open("r+b") as file:
+                file.truncate(end)
+    finally:
+        lock.release()
