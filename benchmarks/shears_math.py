@@ -1,7 +1,7 @@
 """Shears on maths: sparse+LoRA against NLS over seeds, on the same steps and examples.
 
-Runs recipes/shears-smollm2-math.yaml once per seed (all baselines for the first seed, sparse+LoRA
-alone for the others; finished runs are reused), then compares, example by example, the loss of the
+Runs recipes/shears-smollm2-math.yaml once per seed (all systems on all tasks for seed 0, two systems
+on two tasks for others; finished runs are reused), then compares, example by example, the loss of the
 gold rationales of GSM8K's test set: far less noisy than accuracy at this size.
 
     python benchmarks/shears_math.py [--out runs/math] [--seeds 0 1 2] [--quick]
@@ -96,7 +96,7 @@ def _arguments() -> argparse.Namespace:
 def _run(args: argparse.Namespace, seed: int, console: Console) -> Run:
     overrides = [f"data.dir={args.data or 'null'}", f"seed={seed}", *args.set]
     names = None
-    if seed != args.seeds[0]:
+    if seed != 0:
         overrides += ["baselines=[sparse+lora]", FURTHER_TASKS]
         names = ["sparse+lora", "heuristic"]
     if args.quick:

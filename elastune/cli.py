@@ -332,4 +332,6 @@ _CANNOT_WRITE = frozenset(
 
 def main() -> None:
     """Entry point of the console script."""
+    # Threads that wait by spinning cost a multiple of the time as soon as a core is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_run import save_recipe, save_sums, save_tiny_model, start_cli, tiny_recipe
+from tiny_run import save_recipe, save_sums, save_tiny_model, tiny_recipe
 from typer.testing import CliRunner, Result
 
 from elastune.cli import app
@@ -391,19 +391,6 @@ def test_a_huge_learning_rate_ends_in_one_message(recipe: Path, tmp_path: Path) 
     assert result.exit_code == 1
     assert re.search(r"the loss became (nan|inf) at step \d", result.stderr)
     assert "Traceback" not in result.output
-
-
-def test_an_interrupted_run_says_how_to_go_on(recipe: Path, tmp_path: Path) -> None:
-    process = start_cli("run", recipe, "--out", tmp_path / "out", "--set", "train.max_steps=100000")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "weights are zero" in line:
-            break
-    process.send_signal(2)
-    _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130, rest
-    assert "interrupted; run the same command again to go on" in rest
-    assert "Traceback" not in rest
 
 
 # --- what it prints -----------------------------------------------------------------------------

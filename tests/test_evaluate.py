@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -152,7 +153,7 @@ def test_accuracy_counts_correct_answers_with_binomial_stderr(
 ):
     task = write_answers(tmp_path, ["yes", "no", "yes", "yes"])
     examples = task.report_examples()
-    monkeypatch.setattr("elastune.evaluate.generate", lambda *a, **k: ["yes"] * 4)
+    monkeypatch.setattr(sys.modules["elastune.evaluate"], "generate", lambda *a, **k: ["yes"] * 4)
     target = tmp_path / "out" / "predictions.jsonl"
     score = evaluate(model, tokenizer, task, examples, predictions=target)
     assert (score.value, score.n) == (0.75, 4)

@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tiny_run import ROWS, STEPS, save_recipe, save_sums, save_tiny_model, tiny_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from elastune.cli import app
+from elastune.cli import app, main
 from elastune.files import read_json
 from elastune.space import SearchSpace, SubnetConfig
 
@@ -289,11 +290,11 @@ def test_a_deleted_part_is_made_again(copy: Path) -> None:
 _CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
-def _run_in_child(recipe: str, out: str, die_at: int, count: Any) -> None:
+def _run_in_child(arguments: list[str], out: str, die_at: int, count: Any) -> None:
     """Run the command line; die at the ``die_at``-th change of a file or folder under ``out``."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 
@@ -306,7 +307,8 @@ def _run_in_child(recipe: str, out: str, die_at: int, count: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    app(["run", recipe, "--out", out], standalone_mode=False)
+    sys.argv = ["elastune", "run", *arguments, "--out", out]
+    main()
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +324,7 @@ def test_three_kills_at_random_moments_change_nothing_in_the_end(
 ) -> None:
     def start(out: str, die_at: int = 0) -> tuple[int, int]:
         count = children.Value("i", 0)
-        arguments = (str(source / "tiny.yaml"), str(tmp_path / out), die_at, count)
+        arguments = ([str(source / "tiny.yaml")], str(tmp_path / out), die_at, count)
         child = children.Process(target=_run_in_child, args=arguments)
         child.start()
         child.join()
@@ -344,3 +346,25 @@ def test_three_kills_at_random_moments_change_nothing_in_the_end(
         assert [r["loss"] for r in steps(out / part)] == [r["loss"] for r in steps(run / part)]
     left = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
     assert left == {path.relative_to(run) for path in run.rglob("*") if path.is_file()}
+
+
+def test_an_interrupted_run_says_how_to_go_on(children: Any, source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = tiny_recipe(source / "model", source / "data", train={"max_steps": 100_000})
+    save_recipe(tmp_path / "long.yaml", recipe)
+    arguments = ([str(tmp_path / "long.yaml")], str(out), 0, children.Value("i", 0))
+    child = children.Process(target=_run_in_child, args=arguments)
+    child.start()
+    while child.is_alive() and not any(out.glob("supernet/checkpoint-*/complete")):
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    log = (tmp_path / "out.log").read_text()
+    assert child.exitcode == 130, log
+    assert "interrupted; run the same command again to go on" in log
+    assert "Traceback" not in log
+    assert {row["status"] for row in read_json(out / "manifest.json")["stages"].values()} == {
+        "done",
+        "started",
+    }
+    assert not (out / ".lock").exists()

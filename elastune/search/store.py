@@ -20,6 +20,7 @@ from elastune.search.base import Trial
 from elastune.space import SubnetConfig
 
 _STUDY = "elastune"
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 class TrialStore:
@@ -63,7 +64,7 @@ class TrialStore:
         try:
             yield
         # Optuna replays the lines as they are, so that damage shows as any of these.
-        except (ValueError, LookupError, TypeError, AttributeError, InvalidSubnet) as error:
+        except (*_DAMAGE, InvalidSubnet) as error:
             raise BadArtifact(
                 f"the search journal {self.path} cannot be read: {error!r}", try_="delete it"
             ) from error
@@ -105,7 +106,8 @@ def _cut_torn_line(path: Path) -> None:
     try:
         content = path.read_bytes()
         end = content.rfind(b"\n") + 1
-        if end < len(content) and content.startswith(b'{"op_code"'):
+        start = b'{"op_code"'[: len(content)]
+        if end < len(content) and content.startswith(start):
             with path.open("r+b") as file:
                 file.truncate(end)
     finally:
