@@ -1,8 +1,8 @@
 """Shears on maths: sparse+LoRA against NLS over seeds, on the same steps and examples.
 
-Runs recipes/shears-smollm2-math.yaml once per seed (all systems on all tasks for seed 0, two systems
-on two tasks for others; finished runs are reused), then compares, example by example, the loss of the
-gold rationales of GSM8K's test set: far less noisy than accuracy at this size.
+Runs recipes/shears-smollm2-math.yaml once per seed (all systems on all tasks for seed 0, two
+systems on two tasks for others; finished runs are reused), then compares, example by example, the
+loss of the gold rationales of GSM8K's test set: far less noisy than accuracy at this size.
 
     python benchmarks/shears_math.py [--out runs/math] [--seeds 0 1 2] [--quick]
 """

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from elastune.errors import BadRecipe, ElastuneError, TrainingDiverged
+from elastune.errors import BadRecipe, ElastuneError
 from elastune.version import __version__
 
 if TYPE_CHECKING:
@@ -281,12 +281,12 @@ def _be_quiet() -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn bad input into one message and exit code 2; a failed run into 1; Ctrl-C into a line."""
+    """Turn what the user can mend into one message and exit code 2; Ctrl-C into a line."""
     try:
         yield
     except ElastuneError as error:
         _complain(error.message, error.try_)
-        raise typer.Exit(1 if isinstance(error, TrainingDiverged) else 2) from None
+        raise typer.Exit(2) from None
     except KeyboardInterrupt:
         _err.print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None

@@ -374,7 +374,7 @@ def test_a_loss_that_diverges_names_the_step_and_keeps_the_checkpoint(
     monkeypatch.setattr(module, "completion_loss", loss_until_step_four)
     settings = ["--set", "train.max_steps=6", "--set", "train.checkpoint_every=2"]
     result = cli("run", recipe, "--out", tmp_path / "out", *settings)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "the loss became nan at step 4; checkpoint-2 is kept" in result.stderr
     assert "a lower train.learning_rate" in result.stderr
     kept = {path.name for path in (tmp_path / "out" / "supernet").iterdir() if path.is_dir()}
@@ -388,7 +388,7 @@ def test_a_loss_that_diverges_names_the_step_and_keeps_the_checkpoint(
 def test_a_huge_learning_rate_ends_in_one_message(recipe: Path, tmp_path: Path) -> None:
     settings = ["--set", "train.learning_rate=1e30", "--set", "train.max_steps=4"]
     result = cli("run", recipe, "--out", tmp_path / "out", *settings)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert re.search(r"the loss became (nan|inf) at step \d", result.stderr)
     assert "Traceback" not in result.output
 

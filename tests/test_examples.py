@@ -1,0 +1,35 @@
+"""The examples run, and what they leave behind loads in stock libraries."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.e2e
+def test_the_python_example_leaves_stock_peft_adapters_beside_a_sparse_base(tmp_path: Path) -> None:
+    small = ["--steps", "2", "--batch-size", "2", "--n-report", "4", "--out", str(tmp_path)]
+    command = [sys.executable, str(EXAMPLES / "shears_in_python.py"), *small]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "heuristic:" in done.stdout
+    loads = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from peft import PeftModel\n"
+        "base = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/base')\n"
+        "weight = base.model.layers[3].mlp.up_proj.weight\n"
+        "model = PeftModel.from_pretrained(base, sys.argv[1] + '/heuristic')\n"
+        "assert 'elastune' not in sys.modules\n"
+        "print('zeros', float((weight == 0).float().mean()))\n"
+    )
+    fresh = [sys.executable, "-c", loads, str(tmp_path)]
+    zeros = subprocess.run(fresh, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert zeros.split()[-2:] == ["zeros", "0.5"]
+    config = json.loads((tmp_path / "heuristic" / "adapter_config.json").read_text())
+    assert config["r"] == 24
