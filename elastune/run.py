@@ -7,6 +7,7 @@ did not change since it was done, and goes on where it was killed otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -29,7 +30,7 @@ from elastune.models import load_model, write_model
 from elastune.objective import make_objective
 from elastune.progress import Reporter
 from elastune.sampling import RandomSampler, make_sampler
-from elastune.search import SearchResult, Trial, search
+from elastune.search import SearchResult, search
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.sparsify import Sparsity, sparsify_, sparsity_report
 from elastune.supernet import SuperNetwork
@@ -260,7 +261,7 @@ class Run:
         cfg = self.recipe.search
         inputs = self.inputs("search")
         if self.dir.is_done("search", inputs):
-            return result_from_dict(read_json(self.dir.trials))
+            return SearchResult.from_dict(read_json(self.dir.trials))
         net = self.load_supernet()
         objective, values = make_objective(
             net,
@@ -287,7 +288,7 @@ class Run:
                     done, total, f"{values[0]} {trial.values[values[0]]:.4f}"
                 ),
             )
-            write_json(self.dir.trials, result_to_dict(result))
+            write_json(self.dir.trials, result.to_dict())
         return result
 
     def chosen(self) -> dict[str, SubnetConfig]:
@@ -299,7 +300,7 @@ class Run:
             "smallest": space.smallest(),
         }
         if self.dir.is_done("search", self.inputs("search")):
-            result = result_from_dict(read_json(self.dir.trials))
+            result = SearchResult.from_dict(read_json(self.dir.trials))
             if result.trials:
                 configs["best"] = result.best().config
         return configs
@@ -322,32 +323,7 @@ class Run:
 
 def only_largest(space: SearchSpace) -> SearchSpace:
     """Return the space whose only configuration is the largest: plain LoRA."""
-    from dataclasses import replace
-
     return SearchSpace([replace(dim, choices=dim.choices[:1]) for dim in space.dims])
-
-
-def result_to_dict(result: SearchResult) -> dict[str, Any]:
-    """Return the content of search/trials.json."""
-    return {
-        "schema": 1,
-        "trials": [
-            {"number": t.number, "config": dict(t.config), "values": dict(t.values)}
-            for t in result.trials
-        ],
-        "pareto": [trial.number for trial in result.pareto()],
-        "best": result.best().number if result.trials else None,
-    }
-
-
-def result_from_dict(data: dict[str, Any]) -> SearchResult:
-    """Read back what `result_to_dict` wrote."""
-    return SearchResult(
-        tuple(
-            Trial(row["number"], SubnetConfig(row["config"]), row["values"])
-            for row in data["trials"]
-        )
-    )
 
 
 def named_config(space: SearchSpace, text: str) -> SubnetConfig:

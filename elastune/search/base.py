@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,28 @@ class SearchResult:
         if not self.trials:
             raise ElastuneError("the search tried nothing", try_="search.trials of at least 1")
         return min(self.trials, key=lambda trial: (*trial.values.values(), trial.number))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: trials, numbers of the Pareto front, number of the best."""
+        return {
+            "schema": 1,
+            "trials": [
+                {"number": t.number, "config": dict(t.config), "values": dict(t.values)}
+                for t in self.trials
+            ],
+            "pareto": [trial.number for trial in self.pareto()],
+            "best": self.best().number if self.trials else None,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchResult:
+        """Read back what `to_dict` returned."""
+        return cls(
+            tuple(
+                Trial(row["number"], SubnetConfig(row["config"]), row["values"])
+                for row in data["trials"]
+            )
+        )
 
     def pareto(self) -> list[Trial]:
         """Return the trials that no other is at least as good as in every value, and better in one.
