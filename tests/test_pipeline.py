@@ -297,6 +297,8 @@ def _run_in_child(arguments: list[str], out: str, die_at: int, count: Any) -> No
     os.dup2(log, 2)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    # Ignored in the children of a shell's background jobs, and then nobody could interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _CHANGES and str(arguments[0]).startswith(out):
@@ -350,7 +352,7 @@ def test_three_kills_at_random_moments_change_nothing_in_the_end(
 
 def test_an_interrupted_run_says_how_to_go_on(children: Any, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    recipe = tiny_recipe(source / "model", source / "data", train={"max_steps": 100_000})
+    recipe = tiny_recipe(source / "model", source / "data", train={"max_steps": 2_000})
     save_recipe(tmp_path / "long.yaml", recipe)
     arguments = ([str(tmp_path / "long.yaml")], str(out), 0, children.Value("i", 0))
     child = children.Process(target=_run_in_child, args=arguments)
