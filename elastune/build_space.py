@@ -39,7 +39,8 @@ def lora_space(
         model: any model of a known architecture.
         ranks: choices for all dims, or a mapping from patterns over dim names to choices, such as
             ``{"*": [32, 24, 16], "*.down": [16, 8, 0], "layers.0.*": [32]}``; the last pattern
-            that matches wins. Rank 0 leaves the adapter out. Order and repeats do not matter.
+            that matches wins, and a dim that none matches gets no adapter. Rank 0 leaves the
+            adapter out. Order and repeats do not matter.
         targets: roles that get an adapter.
         groups: roles that share a rank, by the name of the group; default `LORA_GROUPS`. Targets in
             no group get a group of their own.
