@@ -4,14 +4,33 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from elastune.errors import BadData
+from elastune.metrics import ACCURACY, Metric
 from elastune.tasks.prompts import Template, make_template
 
-Kind = Literal["generation", "perplexity"]
+Kind = Literal[
+    "generation",
+    "perplexity",
+    "multiple-choice",
+    "classification",
+    "regression",
+    "question-answering",
+]
+HeadName = Literal["causal-lm", "sequence-classification", "question-answering"]
+
+_HEAD_OF: dict[Kind, HeadName] = {
+    "generation": "causal-lm",
+    "perplexity": "causal-lm",
+    "multiple-choice": "causal-lm",
+    "classification": "sequence-classification",
+    "regression": "sequence-classification",
+    "question-answering": "question-answering",
+}
 
 _OPERATOR = re.compile(r"(?<=[\d)])\s*([-+*/^%=<>])\s*(?=[-\d(])")
 # Private-use characters stand in for operators while punctuation is removed.
@@ -39,14 +58,92 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Score:
-    """A measured quality.
+class MultipleChoiceExample:
+    """A question whose answer is the most likely of given continuations.
 
     Attributes:
-        value: accuracy as a fraction in [0, 1], or perplexity.
+        prompt: text before a choice.
+        choices: continuations as they follow the prompt, blank included.
+        gold: index of the right one.
+        key: the question itself, for leak checks.
+    """
+
+    prompt: str
+    choices: tuple[str, ...]
+    gold: int
+    key: str
+
+    @property
+    def completion(self) -> str:
+        """What training teaches after the prompt: the right choice."""
+        return self.choices[self.gold]
+
+
+@dataclass(frozen=True)
+class ClassificationExample:
+    """A text, or a pair of texts, and its label.
+
+    Attributes:
+        text: first text.
+        text_pair: second text, or None.
+        label: class index (classification) or number (regression).
+        key: both texts, for leak checks.
+    """
+
+    text: str
+    text_pair: str | None
+    label: float
+    key: str
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringExample:
+    """A question answered by a part of a context, or by nothing in it.
+
+    Attributes:
+        id: of the question.
+        answers: gold answers' texts; empty when the context holds none (SQuAD v2).
+        answer_start: index in ``context`` of the first character of each answer.
+        key: question and context, for leak checks.
+    """
+
+    id: str
+    question: str
+    context: str
+    answers: tuple[str, ...]
+    answer_start: tuple[int, ...]
+    key: str
+
+
+AnyExample = Example | MultipleChoiceExample | ClassificationExample | QuestionAnsweringExample
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric's value.
+
+    Attributes:
+        value: in the metric's unit.
+        stderr: one standard error, same unit.
+        n: scored examples, or predicted tokens (perplexity).
+    """
+
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """A measured quality: the task's first metric, and the others beside it.
+
+    Attributes:
+        value: accuracy as a fraction in [0, 1], a correlation, or perplexity.
         stderr: one standard error of ``value``, same unit.
         n: scored examples (accuracy) or predicted tokens (perplexity).
-        seconds: wall time of the measurement.
+        seconds: wall time of the measurement; of examples scored before a kill, too.
+        others: the task's further metrics.
     """
 
     task: str
@@ -56,6 +153,7 @@ class Score:
     n: int
     higher_is_better: bool
     seconds: float
+    others: tuple[Measured, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,13 +178,17 @@ class Task(ABC):
 
     A new benchmark is a subclass in a file of its own and a line in ``TASKS``. Options of a task
     are keyword-only arguments of its ``__init__``.
+
+    Attributes:
+        kind: how examples are scored (`elastune.predict`), and so which head the model needs.
+        metrics: what is reported; a search optimises the first.
+        num_labels: classes of a classification task; 1 for regression; None for other kinds.
     """
 
     name: str
-    metric: str = "accuracy"
-    unit: str = "fraction"
-    higher_is_better: bool = True
+    metrics: tuple[Metric, ...] = (ACCURACY,)
     kind: Kind = "generation"
+    num_labels: int | None = None
     max_new_tokens: int = 256
     default_template: ClassVar[str] = "alpaca"
 
@@ -97,8 +199,23 @@ class Task(ABC):
         if max_new_tokens is not None:
             self.max_new_tokens = max_new_tokens
 
+    @property
+    def head(self) -> HeadName:
+        """The head that a model needs for this task."""
+        return _HEAD_OF[self.kind]
+
+    @property
+    def metric(self) -> str:
+        """The name of the first metric."""
+        return self.metrics[0].name
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger value of the first metric is the better one."""
+        return self.metrics[0].higher_is_better
+
     @abstractmethod
-    def train_examples(self) -> list[Example]:
+    def train_examples(self) -> Sequence[AnyExample]:
         """Return the training split.
 
         Raises:
@@ -106,7 +223,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def report_examples(self) -> list[Example]:
+    def report_examples(self) -> Sequence[AnyExample]:
         """Return the official test (or dev) split that results are reported on.
 
         Raises:
@@ -124,10 +241,6 @@ class Task(ABC):
     def is_correct(self, text: str, example: Example) -> bool:
         """Tell whether generated ``text`` answers ``example``."""
         return self.extract(text) == example.answer
-
-    def score(self, text: str, example: Example) -> float:
-        """Return the score of one answer in [0, 1]; the metric is the mean over examples."""
-        return float(self.is_correct(text, example))
 
     def example(self, question: str, completion: str, answer: str) -> Example:
         """Return an example worded by this task's template."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from elastune.errors import BadData, BadRecipe
+from elastune.metrics import PERPLEXITY
 from elastune.tasks.base import Example, Kind, Task, TaskContext
 from elastune.tasks.sources import JSON_SUFFIXES, hub_rows, read_rows, read_text
 
@@ -23,9 +24,7 @@ class Perplexity(Task):
     """
 
     name = "perplexity"
-    metric = "perplexity"
-    unit = "perplexity"
-    higher_is_better = False
+    metrics = (PERPLEXITY,)
     kind: Kind = "perplexity"
     default_template = "none"
 
