@@ -6,10 +6,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
-from elastune.data import encode_all
 from elastune.errors import BadData, BadRecipe, UnsupportedModel, nearest
+from elastune.finetune import adapter_space
+from elastune.heads import HEADS
 from elastune.models import architecture
 from elastune.run import Run
+from elastune.tasks import Task
 
 
 def check(run: Run) -> None:
@@ -19,16 +21,13 @@ def check(run: Run) -> None:
         ElastuneError: the first thing that is wrong.
     """
     _check_training(run)
+    _check_tasks(run)
     model, _ = run.load_dense()
-    run.space_of(model)
-    if architecture(model).kind != "decoder":
-        raise UnsupportedModel(
-            f"method {run.recipe.method!r} trains text generation, and {run.recipe.model!r} "
-            f"({model.config.model_type}) is an encoder",
-            try_="a decoder such as smollm2-135m",
-        )
+    adapter_space(model, run.recipe.adapter)
+    _check_head(run, model)
     _check_examples(run)
-    _check_sparsity(run, model)
+    if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
+        _check_sparsity(run, model)
 
 
 def _check_training(run: Run) -> None:
@@ -47,13 +46,44 @@ def _check_training(run: Run) -> None:
             )
 
 
+def _check_tasks(run: Run) -> None:
+    """See that one model with one head can do all tasks."""
+    mine = run.task_of(run.recipe.task)
+    for cfg in run.recipe.report_tasks:
+        task = run.task_of(cfg)
+        if (task.head, task.num_labels) != (mine.head, mine.num_labels):
+            raise BadRecipe(
+                f"task {run.recipe.task.name!r} trains {_head_text(mine)}, and report task "
+                f"{cfg.name!r} needs {_head_text(task)}",
+                try_="report on tasks of the same kind, or make a run of each",
+            )
+
+
+def _head_text(task: Task) -> str:
+    labels = f" of {task.num_labels} labels" if task.num_labels else ""
+    return f"a {task.head} head{labels}"
+
+
+def _check_head(run: Run, model: PreTrainedModel) -> None:
+    task = run.task_of(run.recipe.task)
+    if task.head == "causal-lm" and architecture(model).kind != "decoder":
+        raise UnsupportedModel(
+            f"task {run.recipe.task.name!r} is done by generating text, and {run.recipe.model!r} "
+            f"({model.config.model_type}) is an encoder",
+            try_="a decoder such as smollm2-135m, or a classification or reading task",
+        )
+
+
 def _check_examples(run: Run) -> None:
     splits = run.splits
+    for note in splits.notes:
+        run.reporter.say(note)
     cfg = run.recipe.train
+    encode = HEADS[run.task_of(run.recipe.task).head].encode
     try:
-        encode_all(splits.train[: cfg.batch_size], run.tokenizer, cfg.max_length)
+        encode(splits.train[: cfg.batch_size], run.tokenizer, cfg.max_length)
     except BadData:
-        encode_all(splits.train, run.tokenizer, cfg.max_length)
+        encode(splits.train, run.tokenizer, cfg.max_length)
     report = ", ".join(
         f"{len(run.report_examples(task))} {task.label}" for task in run.recipe.report_tasks
     )

@@ -19,12 +19,17 @@ from pydantic import (
     Field,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from elastune.errors import BadRecipe, nearest
 from elastune.yaml_text import dump_yaml, parse_yaml
 
-BASELINES = ("dense", "dense+lora", "sparse", "sparse+lora")
+BASELINES = ("dense", "dense+full", "dense+lora", "sparse", "sparse+full", "sparse+lora")
+_USUAL_BASELINES = {
+    "shears": ["dense", "dense+lora", "sparse", "sparse+lora"],
+    "finetune": ["dense", "dense+full", "dense+lora"],
+}
 
 
 class _Section(BaseModel):
@@ -74,6 +79,8 @@ class DataConfig(_Section):
     """Training examples; by default all that validation leaves."""
     n_validation: int = Field(64, ge=1)
     """Examples cut from the training side for the search."""
+    leaks: Literal["refuse", "drop", "warn"] = "refuse"
+    """What to do about training rows whose question is in a report set."""
 
 
 class CalibrationConfig(_Section):
@@ -134,6 +141,9 @@ class TrainConfig(_Section):
     accumulation: int = Field(1, ge=1)
     """Micro-batches in an optimizer step."""
     learning_rate: float = Field(3e-4, gt=0)
+    """Of adapters and of what else a method trains."""
+    full_learning_rate: float = Field(3e-5, gt=0)
+    """Of plain fine-tuning, the baselines called "+full"."""
     schedule: Schedule = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate climbs from 0."""
@@ -201,7 +211,7 @@ def _known_baselines(names: list[str]) -> list[str]:
 class Recipe(_Section):
     """A whole run."""
 
-    method: Literal["shears"] = "shears"
+    method: Literal["shears", "finetune"] = "shears"
     model: str
     """Built-in name, hub id, folder, or .gguf file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -214,10 +224,17 @@ class Recipe(_Section):
     train: TrainConfig = TrainConfig()
     search: SearchConfig = SearchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    baselines: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_known_baselines)] = (
-        list(BASELINES)
-    )
-    """What the results are compared with; LoRA baselines train as long as the super-adapter."""
+    baselines: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_known_baselines)] = []
+    """What the results are compared with: untrained, all weights trained, or a plain LoRA, each as
+    long as the super-adapter and on the same batches. Empty means those usual for the method."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_baselines(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("baselines"):
+            method = data.get("method", "shears")
+            return {**data, "baselines": _USUAL_BASELINES.get(method, [])}
+        return data
 
     @property
     def report_tasks(self) -> list[TaskConfig]:

@@ -17,7 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from elastune.errors import BadData
-from elastune.tasks.base import Example, normalise
+from elastune.leaks import (
+    Policy,
+    check_leaks,
+    check_policy,
+    normal_keys,
+    refuse,
+    training_leaks,
+    warning,
+)
+from elastune.tasks.base import Example
 
 IGNORED_LABEL = -100
 """Label of positions that carry no loss, as in torch's cross entropy and transformers."""
@@ -65,12 +74,16 @@ def encode_all(
 
 @dataclass(frozen=True)
 class Splits:
-    """Four sets of examples that share no question, except that calibration is part of train."""
+    """Four sets of examples that share no question, except that calibration is part of train.
+
+    ``notes`` tell the user of leaks that were dropped, or kept on demand.
+    """
 
     calibration: list[Example] = field(repr=False)
     train: list[Example] = field(repr=False)
     validation: list[Example] = field(repr=False)
     report: dict[str, list[Example]] = field(repr=False)
+    notes: list[str] = field(default_factory=list)
 
 
 def make_splits(
@@ -81,25 +94,37 @@ def make_splits(
     n_validation: int,
     n_calibration: int,
     seed: int,
+    leaks: Policy = "refuse",
 ) -> Splits:
     """Shuffle by ``seed`` and cut: first the validation set for the search, then the train set.
 
+    Args:
+        leaks: what becomes of training examples that a report set has, too (`elastune.leaks`):
+            ``refuse`` them, ``drop`` them before the cut, or ``warn`` and keep them.
+
     Raises:
-        BadData: too few examples, or a question occurs on both sides (see `check_disjoint`).
+        BadData: too few examples, or a question occurs on both sides and ``leaks`` is ``refuse``.
+        BadRecipe: ``leaks`` is none of the three.
     """
+    check_policy(leaks)
     order = np.random.default_rng(seed).permutation(len(training))
+    notes: list[str] = []
+    if leaks == "drop":
+        kept, notes = check_leaks(training, report, "drop")
+        order = order[np.isin(order, kept)]
     needed = n_validation + max(n_train or 1, 1)
-    if len(training) < needed:
+    if len(order) < needed:
         raise BadData(
-            f"{len(training)} training examples cannot give {n_validation} for validation and "
+            f"{len(order)} training examples cannot give {n_validation} for validation and "
             f"{n_train or 'at least 1'} for training",
-            try_=f"lower data.n_train or data.n_validation (together at most {len(training)})",
+            try_=f"lower data.n_train or data.n_validation (together at most {len(order)})",
         )
     shuffled = [training[i] for i in order]
     validation = shuffled[:n_validation]
     # A question asked twice in the training file must not stand on both sides of the cut.
-    seen = {normalise(example.key) for example in validation}
-    rest = [example for example in shuffled[n_validation:] if normalise(example.key) not in seen]
+    seen = set(normal_keys(validation))
+    others = shuffled[n_validation:]
+    rest = [e for e, key in zip(others, normal_keys(others), strict=True) if key not in seen]
     if len(rest) < (n_train or 1):
         raise BadData(
             f"{len(rest)} training examples ask what validation does not, and "
@@ -107,38 +132,12 @@ def make_splits(
             try_="lower data.n_train or data.n_validation, or drop the repeats",
         )
     train = rest[:n_train]
-    splits = Splits(train[:n_calibration], train, validation, report)
-    check_disjoint({"train": train, "validation": validation, **prefixed(report)})
-    return splits
-
-
-def prefixed(report: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """Name report sets ``report:<task>`` so that they cannot be taken for the training side."""
-    return {f"report:{name}": examples for name, examples in report.items()}
-
-
-def check_disjoint(splits: dict[str, list[Example]]) -> None:
-    """Refuse questions (compared by normalised text) that occur in two splits.
-
-    Report sets may overlap each other (MAWPS is the parent of three other sets).
-
-    Raises:
-        BadData: names the splits, the number of shared questions and one of them.
-    """
-    keys = {name: {normalise(e.key): e.key for e in examples} for name, examples in splits.items()}
-    names = list(keys)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            if first.startswith("report:") and second.startswith("report:"):
-                continue
-            shared = keys[first].keys() & keys[second].keys()
-            if shared:
-                sample = keys[first][min(shared)]
-                raise BadData(
-                    f"{len(shared)} question(s) occur in both {first} and {second}, "
-                    f"for example {sample[:120]!r}",
-                    try_="drop them from the training data; scores on seen questions mean nothing",
-                )
+    if leaks != "drop":
+        found = training_leaks({"train": train, "validation": validation}, report)
+        if leaks == "refuse":
+            refuse(found)
+        notes = [warning(leak) for leak in found]
+    return Splits(train[:n_calibration], train, validation, report, notes)
 
 
 @dataclass(frozen=True)

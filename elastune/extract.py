@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import LoraConfig, TaskType
@@ -30,11 +30,13 @@ class PeftAdapter:
         config: the configuration it was cut for.
         weights: module name -> (A ``(r, I)``, B ``(O, r)``, what multiplies B A).
         task_type: of the model it belongs to; None unless it is a causal language model.
+        head: module name -> its trained weights; empty unless the head was trained, too.
     """
 
     config: SubnetConfig
     weights: dict[str, tuple[Tensor, Tensor, float]]
     task_type: TaskType | None
+    head: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     def save(self, folder: Path, *, base: str | None = None) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and ``subnet.json``.
@@ -63,6 +65,7 @@ class PeftAdapter:
                 for name, value in alphas.items()
                 if value != alpha
             },
+            modules_to_save=sorted(self.head) or None,
             base_model_name_or_path=base,
             task_type=self.task_type,
             inference_mode=True,
@@ -71,6 +74,9 @@ class PeftAdapter:
         for name, (a, b, _) in self.weights.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous().cpu()
+        for name, state in self.head.items():
+            for part, tensor in state.items():
+                tensors[f"base_model.model.{name}.{part}"] = tensor.contiguous().cpu()
         with whole_folder(folder) as partial:
             lora.save_pretrained(str(partial))
             save_file(tensors, partial / "adapter_model.safetensors", {"format": "pt"})
@@ -94,9 +100,10 @@ def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
             "every rank of this sub-network is 0, so there is no adapter to extract",
             try_="use the base model as it is",
         )
-    # PEFT expects the adapter file of a classifier or reader to hold a trained head too. Ours is
-    # the base model's own, so only language models name their task.
+    # A named task makes PEFT look for a head by names of its own list; ours is named in full, and
+    # may be the base model's own. Only language models name their task.
     name = type(net.model).__name__
     is_causal = name.endswith(("CausalLM", "LMHeadModel"))
     task_type = TaskType.CAUSAL_LM if is_causal else None
-    return PeftAdapter(config, weights, task_type)
+    head = {name: net.model.get_submodule(name).state_dict() for name in net.trained}
+    return PeftAdapter(config, weights, task_type, head)

@@ -35,7 +35,8 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         stage: sparsify, train, search, or the name of a baseline.
         sources: what `source_hashes` returned.
     """
-    model = [recipe.model, recipe.dtype, sources.get("model")]
+    # The task decides the head; a head that the checkpoint lacks is drawn by the seed.
+    model = [recipe.model, recipe.dtype, recipe.seed, recipe.task, sources.get("model")]
     data: list[Any] = [recipe.task, recipe.data, recipe.seed, sources.get("task")]
     base: list[Any] = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
     if recipe.sparsify.calibration.source == "task":
@@ -46,8 +47,10 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "train": [*base, *trained],
         "search": [*base, *trained, recipe.search],
         "dense": model,
+        "dense+full": [*model, *data, recipe.train],
         "dense+lora": [*model, *trained],
         "sparse": base,
+        "sparse+full": [*base, *data, recipe.train],
         "sparse+lora": [*base, *trained],
     }
     return fingerprint(*parts[stage])

@@ -5,7 +5,8 @@ Shapes: `B` rows, `L` tokens, `D` model, `V` vocabulary, `N` scored positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,13 +66,21 @@ class TokenScorer:
         """
         if bool(targets[:, 0].any()):
             raise ValueError("the first token of a row has nothing to be predicted from")
-        labels = input_ids[:, 1:][targets[:, 1:]]
-        positions = targets[:, 1:]
+        sources = targets.flatten().nonzero()[:, 0] - 1
+        return self.at(sources, input_ids[targets], input_ids=input_ids, attention_mask=mask)
+
+    def at(self, sources: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
+        """Return the NLL in nats of ``labels`` (N,), float32, shape (N,).
+
+        Args:
+            sources: (N,) indices into the B x L input tokens, row by row: the token whose output
+                predicts the label.
+            inputs: what the model's forward takes.
+        """
         if self._body is None or self._head is None:
-            output = self.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-            return _nll(output.logits[:, :-1][positions], labels)
-        hidden = self._body(input_ids=input_ids, attention_mask=mask, use_cache=False)[0]
-        hidden = hidden[:, :-1][positions]
+            logits = self.model(**inputs, use_cache=False).logits
+            return _nll(logits.flatten(0, 1)[sources], labels)
+        hidden = self._body(**inputs, use_cache=False)[0].flatten(0, 1)[sources]
         step = max(1, _CHUNK_ELEMENTS // self._vocabulary)
         parts = zip(hidden.split(step), labels.split(step), strict=True)
         return torch.cat([_nll(self._head(h), y) for h, y in parts])
@@ -160,7 +169,6 @@ def mean_loss(
     return ratio_of_sums(sums, counts)
 
 
-@torch.inference_mode()
 def text_loss(
     model: nn.Module,
     tokenizer: Any,
@@ -172,7 +180,37 @@ def text_loss(
 ) -> MeanLoss:
     """Return the mean NLL in nats over non-overlapping windows of ``window`` tokens of a text.
 
-    The first token of a window is not predicted; the last window may be shorter.
+    See `window_losses`; ``progress`` is called with (scored windows, all windows).
+
+    Raises:
+        BadData: the text has less than two tokens.
+    """
+    total, losses = window_losses(model, tokenizer, text, window=window, batch_tokens=batch_tokens)
+    sums, counts = np.zeros(total), np.zeros(total, dtype=np.int64)
+    for n_done, (index, nll, tokens) in enumerate(losses, 1):
+        sums[index], counts[index] = nll, tokens
+        if progress is not None:
+            progress(n_done, total)
+    return ratio_of_sums(sums, counts)
+
+
+def window_losses(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    window: int,
+    batch_tokens: int = 8192,
+    done: Set[int] = frozenset(),
+) -> tuple[int, Iterator[tuple[int, float, int]]]:
+    """Lay out the scoring of non-overlapping windows of ``window`` tokens of a text.
+
+    The first token of a window is not predicted; the last window may be shorter, and is left out
+    when it has a single token.
+
+    Returns:
+        The number of windows, and an iterator that scores those whose index is not in ``done``:
+        (index, summed NLL in nats, predicted tokens).
 
     Raises:
         BadData: the text has less than two tokens.
@@ -180,26 +218,34 @@ def text_loss(
     ids = tokenizer(text, verbose=False).input_ids
     if len(ids) < 2:
         raise BadData(f"the text has {len(ids)} token(s); perplexity needs at least 2.")
+    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
+    if len(windows[-1]) < 2:
+        windows.pop()
+    todo = [index for index in range(len(windows)) if index not in done]
+    return len(windows), _score_windows(model, windows, todo, max(1, batch_tokens // window))
+
+
+@torch.inference_mode()
+def _score_windows(
+    model: nn.Module, windows: list[list[int]], todo: list[int], size: int
+) -> Iterator[tuple[int, float, int]]:
+    """Score windows in batches of at most ``size`` that have one length."""
+    if not todo:
+        return
     score = TokenScorer(model)
-    size = max(1, batch_tokens // window)
-    n_full = len(ids) // window
-    full = torch.tensor(ids[: n_full * window], dtype=torch.long).view(n_full, window)
-    batches = list(full.split(size)) if n_full else []
-    if len(ids) - n_full * window >= 2:
-        batches.append(torch.tensor([ids[n_full * window :]]))
-    sums: list[float] = []
-    counts: list[int] = []
-    with evaluating(model):
-        for batch in batches:
-            batch = batch.to(score.device)
-            targets = torch.ones_like(batch, dtype=torch.bool)
+    for _, same_length in groupby(todo, key=lambda index: len(windows[index])):
+        indices = list(same_length)
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            ids = torch.tensor([windows[index] for index in batch], device=score.device)
+            targets = torch.ones_like(ids, dtype=torch.bool)
             targets[:, 0] = False
-            nll = score(batch, None, targets).view(len(batch), -1).double()
-            sums += nll.sum(dim=1).tolist()
-            counts += [nll.shape[1]] * len(batch)
-            if progress is not None:
-                progress(sum(counts) + len(counts), len(ids))
-    return ratio_of_sums(np.array(sums), np.array(counts))
+            with evaluating(model):
+                nll = score(ids, None, targets).view(len(batch), -1)
+            sums = nll.double().sum(dim=1).tolist()
+            yield from (
+                (index, loss, nll.shape[1]) for index, loss in zip(batch, sums, strict=True)
+            )
 
 
 def ratio_of_sums(sums: np.ndarray, counts: np.ndarray) -> MeanLoss:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ from elastune.inputs import fingerprint, report_key
 from elastune.run import Run
 from elastune.space import SubnetConfig
 from elastune.supernet import SuperNetwork
+from elastune.tasks.base import Score
+from elastune.whole_model import WholeModel
 
 SUBNETS = ("largest", "heuristic", "smallest", "best")
 
@@ -28,7 +29,7 @@ class System:
     name: str
     key: str
     """Hash of all that its scores depend on, tasks apart."""
-    load: Callable[[], PreTrainedModel | SuperNetwork]
+    load: Callable[[], PreTrainedModel | WholeModel | SuperNetwork]
     """Shared by systems of the same super-network, which is loaded once."""
     config: SubnetConfig | None = None
 
@@ -50,66 +51,136 @@ def systems(run: Run, names: list[str] | None = None) -> list[System]:
     return [system for system in found if names is None or system.name in names]
 
 
-def measure(run: Run, names: list[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Measurement:
+    """One column of the table: what a system is scored on."""
+
+    label: str
+    """What the rows call it."""
+    options: Any
+    """All that its outcome depends on besides the system; plain data."""
+    score: Callable[[str, PreTrainedModel, str], dict[str, Any]]
+    """System's name, its model and the row's key -> the row's score, metric and so on."""
+
+    def key(self, run: Run, system: System) -> str:
+        """Hash all that a row depends on."""
+        cfg = run.recipe.evaluate
+        return fingerprint(system.key, self.options, cfg.macs_length, cfg.latency)
+
+
+def report_measurements(run: Run) -> list[Measurement]:
+    """List the recipe's report tasks."""
+
+    def measurement(task: TaskConfig) -> Measurement:
+        files = run.dir.sources(run.recipe).get(report_key(task))
+        options = [task.model_dump(mode="json"), files]
+        return Measurement(task.label, options, lambda *args: _score_task(run, task, *args))
+
+    return [measurement(task) for task in run.recipe.report_tasks]
+
+
+def measure(run: Run, names: list[str] | None = None, more: Sequence[Measurement] = ()) -> None:
     """Score all systems on all report tasks, one row at a time, into metrics.json.
 
     Rows that are there already, made from the same inputs, are kept. Systems that are the same
-    sub-network share their figures.
+    sub-network share their figures. A row that a kill interrupted goes on from its examples.
+
+    Args:
+        names: only these systems.
+        more: measurements besides the recipe's report tasks.
     """
-    old = {(row["name"], row["task"]): row for row in run.dir.metrics()["rows"]}
-    known: dict[tuple[str, str], dict[str, Any]] = {}
-    wanted = systems(run, names)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    stages = {}
-    for system in wanted:
-        for task in run.recipe.report_tasks:
-            stage, place = f"evaluate/{system.name}/{task.label}", (system.name, task.label)
-            stages[place] = (stage, _row_key(run, system, task))
-            if run.dir.is_done(*stages[place]) and place in old:
-                rows[place] = old[place]
-                known[system.key, task.label] = old[place]
-    for system, model, config, cost in _loaded(run, wanted, lambda s: _missing(s, run, rows)):
-        for task in run.recipe.report_tasks:
-            place = (system.name, task.label)
-            if place in rows:
-                continue
-            with run.dir.stage(*stages[place]):
-                same = known.get((system.key, task.label))
+    table = _Table(run, systems(run, names), [*report_measurements(run), *more], names is None)
+    for system, model, config, cost in _loaded(run, table.wanted, table.lacks):
+        for measurement in table.missing(system):
+            same = table.twin(system, measurement)
+            key = measurement.key(run, system)
+            with run.dir.stage(_stage(system.name, measurement.label), key):
                 if same is not None:
-                    _share_predictions(run, task, same["name"], system.name)
-                row = same or _score(run, system.name, model, task)
-                rows[place] = {
-                    **row,
-                    "name": system.name,
-                    **asdict(cost),
-                    "config": None if config is None else dict(config),
-                }
-                known[system.key, task.label] = rows[place]
-                keep = [] if names is None else list(old.values())
-                run.dir.set_metrics(_ordered(wanted, run, rows, keep))
-    whole = _ordered(wanted, run, rows, [] if names is None else list(old.values()))
-    if whole != list(old.values()):
-        run.dir.set_metrics(whole)
+                    _share_predictions(run, measurement.label, same["name"], system.name)
+                row = same or _timed(run, system.name, model, measurement, key)
+                row |= {"name": system.name, "task": measurement.label, **asdict(cost)}
+                row["config"] = None if config is None else dict(config)
+                table.add(system, row)
+    table.save()
 
 
-def _row_key(run: Run, system: System, task: TaskConfig) -> str:
-    """Hash all that a row depends on."""
-    cfg = run.recipe.evaluate
-    files = run.dir.sources(run.recipe).get(report_key(task))
-    return fingerprint(system.key, task, files, cfg.macs_length, cfg.latency)
+class _Table:
+    """The rows of metrics.json as they come, and which of them are still missing."""
+
+    def __init__(
+        self, run: Run, wanted: list[System], measurements: list[Measurement], whole: bool
+    ) -> None:
+        self.run = run
+        self.wanted = wanted
+        self.measurements = measurements
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self._old = run.dir.metrics()["rows"]
+        self._rows: dict[tuple[str, str], dict[str, Any]] = {}
+        known_systems = {s.name: s for s in (wanted if whole else systems(run))}
+        here = {m.label: m for m in measurements}
+        for row in self._old:
+            system = known_systems.get(row["name"])
+            if system is None:
+                continue
+            measurement = here.get(row["task"]) or _recorded(row)
+            if measurement is None:
+                continue
+            key = measurement.key(run, system)
+            if run.dir.is_done(_stage(system.name, measurement.label), key):
+                self._rows[system.name, row["task"]] = row
+                self._known[system.key, row["task"]] = row
+
+    def missing(self, system: System) -> list[Measurement]:
+        """Return what a system is not yet scored on."""
+        return [m for m in self.measurements if (system.name, m.label) not in self._rows]
+
+    def lacks(self, system: System) -> bool:
+        """Tell whether a system is to be scored on anything."""
+        return bool(self.missing(system))
+
+    def twin(self, system: System, measurement: Measurement) -> dict[str, Any] | None:
+        """Return the row of a system that is the same network."""
+        row = self._known.get((system.key, measurement.label))
+        return None if row is None else dict(row)
+
+    def add(self, system: System, row: dict[str, Any]) -> None:
+        """Keep a row, on disk too."""
+        self._rows[system.name, row["task"]] = row
+        self._known[system.key, row["task"]] = row
+        self.save()
+
+    def save(self) -> None:
+        """Write the rows in the order of systems and tasks, if they changed."""
+        names = [*self.run.recipe.baselines, *SUBNETS]
+        labels = [task.label for task in self.run.recipe.report_tasks]
+        labels += [task for _, task in self._rows if task not in labels]
+        places = sorted(
+            self._rows, key=lambda place: (names.index(place[0]), labels.index(place[1]))
+        )
+        rows = [{field: self._rows[p].get(field) for field in _FIELDS} for p in places]
+        if rows != self._old:
+            self.run.dir.set_metrics(rows)
+            self._old = rows
 
 
-def _share_predictions(run: Run, task: TaskConfig, giver: str, taker: str) -> None:
+def _stage(system: str, label: str) -> str:
+    return f"evaluate/{system}/{label}"
+
+
+def _recorded(row: dict[str, Any]) -> Measurement | None:
+    """Return the measurement that an earlier command made a row by, if the row tells it."""
+    if row.get("options") is None:
+        return None
+    return Measurement(row["task"], row["options"], lambda *_: {})
+
+
+def _share_predictions(run: Run, label: str, giver: str, taker: str) -> None:
     """Give the answers of one system to another that is the same sub-network."""
-    source = run.dir.prediction_file(giver, task.label)
-    target = run.dir.prediction_file(taker, task.label)
+    source = run.dir.prediction_file(giver, label)
+    target = run.dir.prediction_file(taker, label)
     remove(target)
     if source.exists():
         write_text(target, source.read_text(encoding="utf-8"))
-
-
-def _missing(system: System, run: Run, rows: dict[tuple[str, str], Any]) -> bool:
-    return any((system.name, task.label) not in rows for task in run.recipe.report_tasks)
 
 
 def _loaded(
@@ -123,6 +194,8 @@ def _loaded(
             loaded = system.load()
         else:
             loaded = supernet = supernet or system.load()  # type: ignore[assignment]
+        if isinstance(loaded, WholeModel):
+            loaded = loaded.model
         if isinstance(loaded, SuperNetwork):
             config = system.config or loaded.space.largest()
             loaded.activate(config)
@@ -131,9 +204,20 @@ def _loaded(
             yield system, loaded, None, model_cost(loaded, tokens)
 
 
-def _score(run: Run, name: str, model: PreTrainedModel, cfg: TaskConfig) -> dict[str, Any]:
-    """Score one model on one task."""
-    started = time.monotonic()
+def _timed(
+    run: Run, name: str, model: PreTrainedModel, measurement: Measurement, key: str
+) -> dict[str, Any]:
+    """Score one model on one task, with its latency if the recipe asks for it."""
+    latency = None
+    if run.recipe.evaluate.latency:
+        latency = round(prefill_latency_ms(model, run.recipe.evaluate.macs_length), 3)
+    return measurement.score(name, model, key) | {"latency_ms": latency}
+
+
+def _score_task(
+    run: Run, cfg: TaskConfig, name: str, model: PreTrainedModel, key: str
+) -> dict[str, Any]:
+    """Score one model on one report task."""
     task = run.task(cfg)
     with run.reporter.bar(f"evaluate {name}, {cfg.label}", "examples") as bar:
         score = evaluate(
@@ -144,18 +228,23 @@ def _score(run: Run, name: str, model: PreTrainedModel, cfg: TaskConfig) -> dict
             batch_tokens=run.recipe.evaluate.batch_tokens,
             progress=bar,
             predictions=run.dir.prediction_file(name, cfg.label),
+            key=key,
         )
-    latency = None
-    if run.recipe.evaluate.latency:
-        latency = round(prefill_latency_ms(model, run.recipe.evaluate.macs_length), 3)
+    return score_row(score) | {"notes": task.notes or None}
+
+
+def score_row(score: Score) -> dict[str, Any]:
+    """Return the fields of a row that a score fills."""
     return {
-        "task": cfg.label,
         "metric": score.metric,
         "score": score.value,
         "stderr": score.stderr,
         "n": score.n,
-        "latency_ms": latency,
-        "seconds": round(time.monotonic() - started, 2),
+        "other_metrics": [
+            {"metric": m.metric, "score": m.value, "stderr": m.stderr, "n": m.n}
+            for m in score.others
+        ],
+        "seconds": round(score.seconds, 2),
     }
 
 
@@ -166,24 +255,13 @@ _FIELDS = [
     "score",
     "stderr",
     "n",
+    "other_metrics",
     "params",
     "nonzero",
     "macs",
     "latency_ms",
     "seconds",
     "config",
+    "notes",
+    "options",
 ]
-
-
-def _ordered(
-    wanted: list[System], run: Run, rows: dict[tuple[str, str], Any], others: list[Any]
-) -> list[dict[str, Any]]:
-    """Put rows into the order of the systems and tasks, and fields into that of the schema."""
-    merged = {(row["name"], row["task"]): row for row in others} | rows
-    names = [*run.recipe.baselines, *SUBNETS]
-    tasks = [task.label for task in run.recipe.report_tasks]
-    places = sorted(
-        (place for place in merged if place[0] in names and place[1] in tasks),
-        key=lambda place: (names.index(place[0]), tasks.index(place[1])),
-    )
-    return [{field: merged[place].get(field) for field in _FIELDS} for place in places]

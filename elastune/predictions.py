@@ -8,9 +8,7 @@ and then one record a line, in the order of arrival. When all are there they are
 from __future__ import annotations
 
 import json
-import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -29,7 +27,7 @@ class PredictionFile:
 
     def __init__(self, path: Path | None, key: str) -> None:
         self.path = path
-        self._header = {"evaluation": key}
+        self._key = key
         self.records: dict[int, Record] = {}
         self.seconds = 0.0
         self._file: TextIO | None = None
@@ -45,11 +43,15 @@ class PredictionFile:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Rewritten without a line that a kill may have torn.
-        lines = [self._header, *self.records.values()]
+        header = {"evaluation": self._key, "seconds": round(self.seconds, 4)}
+        lines = [header, *self.records.values()]
         write_text(self.partial, "".join(_line(line) for line in lines))
-        with self.partial.open("a", encoding="utf-8") as self._file:
-            yield
-        self._file = None
+        with self.partial.open("a", encoding="utf-8") as file:
+            self._file = file
+            try:
+                yield
+            finally:
+                self._file = None
 
     def add(self, record: Record, seconds: float) -> None:
         """Keep a record, made ``seconds`` after the one before it."""
@@ -72,8 +74,10 @@ class PredictionFile:
         if not self.partial.is_file():
             return
         with self.partial.open(encoding="utf-8", errors="replace") as file:
-            if _parsed(file.readline()) != self._header:
+            header = _parsed(file.readline())
+            if header is None or header.get("evaluation") != self._key:
                 return
+            self.seconds = header["seconds"]
             for line in file:
                 record = _parsed(line)
                 if record is None:  # torn by the kill
@@ -83,7 +87,7 @@ class PredictionFile:
 
 
 def read_predictions(path: Path) -> list[Record]:
-    """Return the records of a finished evaluation."""
+    """Return the records of a finished evaluation, in the order of the examples."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 

@@ -7,7 +7,6 @@ did not change since it was done, and goes on where it was killed otherwise.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -17,25 +16,28 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.artifacts import RunDirectory
-from elastune.build_space import lora_space
 from elastune.calibration_text import calibration_texts
-from elastune.config import Recipe, TaskConfig
+from elastune.config import Recipe, TaskConfig, TrainConfig
 from elastune.cost import CostModel
-from elastune.data import Splits, calibration_rows, encode_all, make_splits
+from elastune.data import Splits, calibration_rows, make_splits
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.extract import extract
 from elastune.files import read_json, whole_folder, write_json
+from elastune.finetune import adapted, adapter_space, plain
+from elastune.heads import HEADS
+from elastune.leaks import check_text_leaks
 from elastune.inputs import fingerprint, stage_inputs
 from elastune.models import load_model, write_model
 from elastune.objective import make_objective
 from elastune.progress import Reporter
-from elastune.sampling import RandomSampler, make_sampler
+from elastune.sampling import make_sampler
 from elastune.search import SearchResult, search
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.sparsify import Sparsity, sparsify_, sparsity_report
 from elastune.supernet import SuperNetwork
 from elastune.tasks import Task, get_task
-from elastune.train import load_trained, train
+from elastune.train import Trainee, load_trained, train
+from elastune.whole_model import WholeModel
 
 
 class Run:
@@ -63,11 +65,18 @@ class Run:
 
     def task(self, cfg: TaskConfig) -> Task:
         """Build a task of the recipe."""
+        return self._task(cfg, cfg.template, self.tokenizer)
+
+    def task_of(self, cfg: TaskConfig) -> Task:
+        """Build a task to ask for its kind alone: no model is loaded for a chat prompt."""
+        return self._task(cfg, None if cfg.template == "chat" else cfg.template, None)
+
+    def _task(self, cfg: TaskConfig, template: str | None, tokenizer: Any) -> Task:
         return get_task(
             cfg.name,
             data_dir=self.recipe.data.dir,
-            template=cfg.template,
-            tokenizer=self.tokenizer,
+            template=template,
+            tokenizer=tokenizer,
             **cfg.options,
         )
 
@@ -88,6 +97,7 @@ class Run:
             n_validation=recipe.data.n_validation,
             n_calibration=4 * recipe.sparsify.calibration.n_sequences,
             seed=recipe.seed,
+            leaks=recipe.data.leaks,
         )
 
     def report_examples(self, cfg: TaskConfig) -> list[Any]:
@@ -105,7 +115,12 @@ class Run:
         cfg = self.recipe.sparsify.calibration
         if cfg.source == "task":
             return [example.prompt + example.completion for example in self.splits.calibration]
-        return calibration_texts(cfg.source, self.recipe.data.dir)
+        texts = calibration_texts(cfg.source, self.recipe.data.dir)
+        policy = self.recipe.data.leaks
+        kept, notes = check_text_leaks(texts, self.splits.report, policy, name=cfg.source)
+        for note in notes:
+            self.reporter.say(note)
+        return kept
 
     def calibration(self, model: PreTrainedModel) -> Tensor:
         """Return the token ids ``(N, L)`` that the sparsifier looks at."""
@@ -120,16 +135,25 @@ class Run:
         )
 
     def load_dense(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Load the model that the recipe names."""
-        device = "cuda" if torch.cuda.is_available() else None
+        """Load the model that the recipe names, with the head that its task needs."""
+        # A head that the checkpoint lacks gets random weights: the same at every load.
+        torch.manual_seed(self.recipe.seed)
         model, tokenizer = load_model(
-            self.recipe.model,
-            dtype=self.recipe.dtype,
-            device=device,
-            trust_remote_code=self.recipe.trust_remote_code,
+            self.recipe.model, trust_remote_code=self.recipe.trust_remote_code, **self._as_loaded
         )
         self.__dict__.setdefault("tokenizer", tokenizer)
         return model, tokenizer
+
+    @cached_property
+    def _as_loaded(self) -> dict[str, Any]:
+        """How models of this run are loaded."""
+        task = self.task_of(self.recipe.task)
+        return {
+            "dtype": self.recipe.dtype,
+            "device": "cuda" if torch.cuda.is_available() else None,
+            "head": task.head,
+            "num_labels": task.num_labels,
+        }
 
     def load_sparse(self) -> PreTrainedModel:
         """Load what `sparsify` made, and check that its zeros are all there.
@@ -141,8 +165,7 @@ class Run:
             raise BadArtifact(
                 f"{self.dir.base} is missing or of another recipe", try_="elastune sparsify RUN"
             )
-        device = "cuda" if torch.cuda.is_available() else None
-        model, _ = load_model(self.dir.base, dtype=self.recipe.dtype, device=device)
+        model, _ = load_model(self.dir.base, **self._as_loaded)
         expected = read_json(self.dir.sparsity)["total"]["zeros"]
         found = sparsity_report(model, method="", sparsity=self.sparsity)["total"]["zeros"]
         if found != expected:
@@ -151,25 +174,6 @@ class Run:
                 try_="delete it and run again",
             )
         return model
-
-    def space_of(self, model: PreTrainedModel) -> SearchSpace:
-        """Build the recipe's search space over a model."""
-        cfg = self.recipe.adapter
-        return lora_space(
-            model, cfg.ranks, targets=cfg.targets, groups=cfg.groups, max_rank=cfg.max_rank
-        )
-
-    def super_network(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
-        """Make a model elastic as the recipe says."""
-        cfg = self.recipe.adapter
-        return SuperNetwork(
-            model,
-            space,
-            alpha=cfg.alpha,
-            dropout=cfg.dropout,
-            scaling=cfg.scaling,
-            seed=self.recipe.seed,
-        )
 
     # -- stages ----------------------------------------------------------------------------
 
@@ -199,31 +203,47 @@ class Run:
         if self.dir.is_done("train", inputs):
             return
         model = self.load_sparse()
-        space = self.space_of(model)
+        space = adapter_space(model, self.recipe.adapter)
         with self.dir.stage("train", inputs, self.dir.supernet, self.dir.space):
             write_json(self.dir.space, space.to_dict())
             sampler = make_sampler(self.recipe.train.sampler, space, self.recipe.seed)
-            self._train(model, space, sampler, self.dir.supernet, "super-adapter")
+            net = self._adapted(model, space)
+            self._train(net, sampler, self.train_config, self.dir.supernet, "super-adapter")
 
     def train_baseline(self, name: str) -> None:
-        """Train a plain LoRA of the largest ranks for the same steps on the same batches."""
+        """Train all weights, or a plain LoRA of the largest ranks, for the same steps and batches.
+
+        Args:
+            name: ``dense`` or ``sparse``, ``+full`` or ``+lora``.
+        """
         inputs = self.inputs(name)
         if self.dir.is_done(name, inputs):
             return
-        model = self.load_dense()[0] if name == "dense+lora" else self.load_sparse()
-        space = only_largest(self.space_of(model))
+        net, sampler, cfg = self._plain(name)
         folder = self.dir.baseline(name)
         with self.dir.stage(name, inputs, folder):
-            self._train(model, space, RandomSampler(space, self.recipe.seed), folder, name)
+            self._train(net, sampler, cfg, folder, name)
 
-    def _train(
-        self, model: PreTrainedModel, space: SearchSpace, sampler: Any, folder: Any, title: str
-    ) -> None:
+    @property
+    def train_config(self) -> TrainConfig:
+        """The recipe's training settings, with a seed."""
         cfg = self.recipe.train
-        if cfg.seed is None:
-            cfg = cfg.model_copy(update={"seed": self.recipe.seed})
-        examples = encode_all(self.splits.train, self.tokenizer, cfg.max_length)
-        net = self.super_network(model, space)
+        return cfg.model_copy(update={"seed": self.recipe.seed if cfg.seed is None else cfg.seed})
+
+    def _plain(self, name: str) -> tuple[WholeModel | SuperNetwork, Any, TrainConfig]:
+        base, _, update = name.partition("+")
+        model = self.load_dense()[0] if base == "dense" else self.load_sparse()
+        head = self._as_loaded["head"]
+        return plain(model, head, self.train_config, update, self.recipe.adapter)  # type: ignore[arg-type]
+
+    def _adapted(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
+        """Make a model elastic as the recipe says."""
+        seed = self.train_config.seed or 0
+        return adapted(model, self._as_loaded["head"], space, self.recipe.adapter, seed)
+
+    def _train(self, net: Trainee, sampler: Any, cfg: TrainConfig, folder: Any, title: str) -> None:
+        head = HEADS[self._as_loaded["head"]]
+        items = head.encode(self.splits.train, self.tokenizer, cfg.max_length)
         with self.reporter.bar(f"train {title}", "steps") as bar:
 
             def show(done: int, total: int, facts: Mapping[str, float]) -> None:
@@ -231,7 +251,7 @@ class Run:
                 speed = f", {facts['tokens_per_s']:.0f} tokens/s" if facts else ""
                 bar(done, total, note + speed)
 
-            train(net, examples, sampler, cfg, folder=folder, progress=show)
+            train(net, items, sampler, cfg, folder=folder, head=head, progress=show)
 
     def load_supernet(self) -> SuperNetwork:
         """Load the trained super-network.
@@ -243,16 +263,14 @@ class Run:
             raise BadArtifact(
                 f"{self.dir.supernet} is missing or of another recipe", try_="elastune train RUN"
             )
-        net = self.super_network(
-            self.load_sparse(), SearchSpace.from_dict(read_json(self.dir.space))
-        )
+        space = SearchSpace.from_dict(read_json(self.dir.space))
+        net = self._adapted(self.load_sparse(), space)
         load_trained(net, self.dir.supernet)
         return net
 
-    def load_baseline(self, name: str) -> SuperNetwork:
-        """Load a trained baseline as a super-network of one configuration."""
-        model = self.load_dense()[0] if name == "dense+lora" else self.load_sparse()
-        net = self.super_network(model, only_largest(self.space_of(model)))
+    def load_baseline(self, name: str) -> WholeModel | SuperNetwork:
+        """Load a trained baseline: a whole model, or a super-network of one configuration."""
+        net, _, _ = self._plain(name)
         load_trained(net, self.dir.baseline(name))
         return net
 
@@ -292,7 +310,12 @@ class Run:
         return result
 
     def chosen(self) -> dict[str, SubnetConfig]:
-        """Return the named sub-networks: largest, heuristic, smallest, and best if searched."""
+        """Return the named sub-networks: largest, heuristic, smallest, and best if searched.
+
+        Plain fine-tuning has none.
+        """
+        if self.recipe.method == "finetune":
+            return {}
         space = SearchSpace.from_dict(read_json(self.dir.space))
         configs = {
             "largest": space.largest(),
@@ -319,11 +342,6 @@ class Run:
             folder = self.dir.subnets / name
             with self.dir.stage(f"extract/{name}", wanted[name], folder):
                 extract(net, config).save(folder, base=str(self.dir.base.resolve()))
-
-
-def only_largest(space: SearchSpace) -> SearchSpace:
-    """Return the space whose only configuration is the largest: plain LoRA."""
-    return SearchSpace([replace(dim, choices=dim.choices[:1]) for dim in space.dims])
 
 
 def named_config(space: SearchSpace, text: str) -> SubnetConfig:

@@ -31,6 +31,14 @@ class Sampler(Protocol):
         """Return the draws of step ``index``; ``progress`` runs from 0 to 1 over the training."""
 
 
+class FixedSampler:
+    """The one network there is, every step: plain training."""
+
+    def draw(self, index: int, progress: float) -> Sequence[Draw]:
+        """Return the empty configuration."""
+        return [Draw(SubnetConfig({}))]
+
+
 class RandomSampler:
     """One uniformly random sub-network a step (BootstrapNAS, LoNAS, Shears)."""
 

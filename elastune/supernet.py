@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastune.elastic.lora import ElasticLoRALinear, Scaling
-from elastune.errors import BadArtifact, InvalidSpace, InvalidSubnet, nearest
+from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 from elastune.space import SearchSpace, SubnetConfig
+from elastune.state import copy_state
 
 
 class SuperNetwork(nn.Module):
     """A model and its search space; ``activate`` chooses what runs.
 
-    The model's own modules named by the space are replaced in place by elastic twins, and all of
-    its own weights are frozen. The largest sub-network is active first. Nothing here is random
-    after construction.
+    The model's own modules named by the space are replaced in place by elastic twins, and its own
+    weights are frozen but for those of ``trained``. The largest sub-network is active first.
+    Nothing here is random after construction.
 
     Args:
         model: a transformers model; changed in place.
@@ -29,6 +30,7 @@ class SuperNetwork(nn.Module):
         dropout: on the adapters' inputs.
         scaling: see `elastune.elastic.lora.Scaling`.
         seed: of the adapters' initial weights.
+        trained: names of modules trained whole, such as a new classification head.
 
     Raises:
         InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic, or
@@ -44,13 +46,17 @@ class SuperNetwork(nn.Module):
         dropout: float = 0.0,
         scaling: Scaling = "alpha/r_max",
         seed: int = 0,
+        trained: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.model = model
+        self.trained = tuple(trained)
         self.space = space
         # Checked whole before anything is changed: a refused model is as it was.
         largest = _largest_ranks(model, space)
         model.requires_grad_(False)
+        for name in self.trained:
+            model.get_submodule(name).requires_grad_(True)
         self.adapters = _add_adapters(model, largest, alpha, dropout, scaling, seed)
         self._members: list[tuple[str, list[ElasticLoRALinear]]] = [
             (dim.name, [self.adapters[name] for name in dim.modules]) for dim in space.dims
@@ -95,8 +101,11 @@ class SuperNetwork(nn.Module):
         return self.model(*args, **kwargs)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by the name of the model's module: A and B of adapters."""
+        """Return what training changes, by module name: A and B of adapters, the head's weights."""
         state = {}
+        for name in self.trained:
+            for part, parameter in self.model.get_submodule(name).named_parameters():
+                state[f"{name}.{part}"] = parameter.detach()
         for name, adapter in self.adapters.items():
             state[f"{name}.lora_A"] = adapter.lora_A.detach()
             state[f"{name}.lora_B"] = adapter.lora_B.detach()
@@ -108,22 +117,7 @@ class SuperNetwork(nn.Module):
         Raises:
             BadArtifact: names or shapes differ; names the first few, nothing is copied.
         """
-        mine = self.trained_state()
-        wrong = [f"missing {name}" for name in mine if name not in state]
-        wrong += [f"unexpected {name}" for name in state if name not in mine]
-        wrong += [
-            f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-            for name, tensor in mine.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
-        if wrong:
-            raise BadArtifact(
-                f"these weights are not of this super-network: {'; '.join(wrong[:4])}"
-                + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-            )
-        with torch.no_grad():
-            for name, tensor in mine.items():
-                tensor.copy_(state[name])
+        copy_state(state, self.trained_state(), "this super-network")
 
     def unwrap(self) -> PreTrainedModel:
         """Put the model's own modules back and return it; this super-network is then of no use."""

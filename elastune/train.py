@@ -11,16 +11,15 @@ sub-network per optimizer step (``draw_per="micro_batch"`` draws as the papers' 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -30,25 +29,37 @@ from transformers import (
     PreTrainedModel,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 
 from elastune.config import TrainConfig
-from elastune.data import IGNORED_LABEL, Encoded, PackedBatch, pack
 from elastune.errors import BadArtifact, BadRecipe, TrainingDiverged
-from elastune.losses import completion_loss
-from elastune.packing import packed_attention
+from elastune.heads import HEADS, Head
+from elastune.length_groups import LengthGroups
 from elastune.sampling import Sampler
-from elastune.supernet import SuperNetwork
+from elastune.space import SearchSpace, SubnetConfig
+from elastune.step_log import COMPLETE, NothingLeft, Progress, StepLog
 
 _WEIGHTS = "trained.safetensors"
-_COMPLETE = "complete"
 
-Progress = Callable[[int, int, dict[str, float]], None]
-"""Called after each step with (steps done, steps in all, {"loss", "tokens_per_s"})."""
+
+class Trainee(Protocol):
+    """What can be trained: a `SuperNetwork`, or a `WholeModel` that has nothing to choose."""
+
+    model: PreTrainedModel
+
+    @property
+    def space(self) -> SearchSpace | None:
+        """What configurations are drawn from."""
+
+    def activate(self, config: SubnetConfig) -> None:
+        """Make ``config`` the network that runs."""
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name."""
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copy in what `trained_state` returned."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,13 @@ class TrainResult:
 
 
 def train(
-    net: SuperNetwork,
-    examples: Sequence[Encoded],
+    net: Trainee,
+    items: Sequence[Any],
     sampler: Sampler,
     cfg: TrainConfig,
     *,
     folder: Path,
+    head: Head = HEADS["causal-lm"],
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train ``net`` and leave ``trained.safetensors`` and ``train.jsonl`` in ``folder``.
@@ -75,32 +87,38 @@ def train(
     A run that was killed goes on from its last complete checkpoint in ``folder`` to the same
     weights as an uninterrupted one (bitwise on a CPU).
 
-    ``train.jsonl`` has one row a step: step, loss (nats per labelled token), lr, tokens, seconds,
-    and the configurations trained, as indices into each dim's choices.
+    ``train.jsonl`` has one row a step: step, loss (mean over targets: nats per labelled token for
+    language models), lr, tokens, seconds, and the configurations trained, as indices into each
+    dim's choices.
+
+    Args:
+        items: what ``head.encode`` made of the examples.
+        head: reads the items and computes the loss.
 
     Raises:
         TrainingDiverged: the loss became NaN or infinite; the last checkpoint is kept.
         BadRecipe: the settings ask for what this device cannot do.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    log = _StepLog(folder / "train.jsonl", net, progress)
+    log = StepLog(folder / "train.jsonl", net.space, progress)
     with ExitStack() as stack:
-        stack.enter_context(packed_attention(net.model))
+        stack.enter_context(head.training(net.model))
         if cfg.gradient_checkpointing:
             stack.enter_context(_checkpointed(net.model))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = _SuperNetworkTrainer(net, sampler, cfg, log, examples, folder)
+        trainer = _SuperNetworkTrainer(net, head, sampler, cfg, log, items, folder)
         started = time.monotonic()
-        with suppress(_NothingLeft):
+        with suppress(NothingLeft):
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     save_trained(net, folder)
     for checkpoint in folder.glob("checkpoint-*"):
         # Unmarked first: one that is half deleted must not be resumed from.
-        (checkpoint / _COMPLETE).unlink(missing_ok=True)
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(checkpoint)
     net.model.eval()
-    net.activate(net.space.largest())
+    if net.space is not None:
+        net.activate(net.space.largest())
     seconds = time.monotonic() - started
     return TrainResult(trainer.state.global_step, log.last_loss, seconds, log.tokens)
 
@@ -118,7 +136,7 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
         model.disable_input_require_grads()
 
 
-def save_trained(net: SuperNetwork, folder: Path) -> None:
+def save_trained(net: Trainee, folder: Path) -> None:
     """Write what training changed, whole or not at all."""
     partial = folder / f".{_WEIGHTS}.partial"
     state = {name: tensor.contiguous().cpu() for name, tensor in net.trained_state().items()}
@@ -126,7 +144,7 @@ def save_trained(net: SuperNetwork, folder: Path) -> None:
     partial.replace(folder / _WEIGHTS)
 
 
-def load_trained(net: SuperNetwork, folder: Path) -> None:
+def load_trained(net: Trainee, folder: Path) -> None:
     """Read back what `save_trained` wrote.
 
     Raises:
@@ -145,7 +163,7 @@ def load_trained(net: SuperNetwork, folder: Path) -> None:
 
 def _last_checkpoint(folder: Path) -> str | None:
     """Return the newest checkpoint that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{_COMPLETE}")]
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     for checkpoint in folder.glob("checkpoint-*"):
         if checkpoint not in complete:
             shutil.rmtree(checkpoint)
@@ -154,26 +172,15 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 class _Step(nn.Module):
-    """What data parallelism wraps: packed batch in, summed loss out, by one forward call."""
+    """What data parallelism wraps: batch in, summed loss out, by one forward call."""
 
-    def __init__(self, net: SuperNetwork) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head) -> None:
         super().__init__()
-        self.model = net.model
+        self.model = model
+        self.head = head
 
-    def forward(self, input_ids: Tensor, labels: Tensor, positions: Tensor, starts: Any) -> Tensor:
-        batch = PackedBatch(input_ids, labels, positions, starts)
-        loss, _ = completion_loss(self.model, batch)
-        return loss
-
-
-def _collate(examples: Sequence[Encoded]) -> dict[str, Any]:
-    batch = pack(examples)
-    return {
-        "input_ids": batch.input_ids,
-        "labels": batch.labels,
-        "positions": batch.positions,
-        "starts": batch.starts,
-    }
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        return self.head.loss(self.model, batch)
 
 
 class _SuperNetworkTrainer(Trainer):
@@ -181,32 +188,34 @@ class _SuperNetworkTrainer(Trainer):
 
     def __init__(
         self,
-        net: SuperNetwork,
+        net: Trainee,
+        head: Head,
         sampler: Sampler,
         cfg: TrainConfig,
-        log: _StepLog,
-        examples: Sequence[Encoded],
+        log: StepLog,
+        items: Sequence[Any],
         folder: Path,
     ) -> None:
         self.net = net
+        self.head = head
         self.sampler = sampler
         self.cfg = cfg
         self.step_log = log
         self.folder = folder
         self._micro_batch = (-1, 0)
         super().__init__(
-            model=_Step(net),
+            model=_Step(net.model, head),
             args=_arguments(cfg, folder),
-            data_collator=_collate,
-            train_dataset=list(examples),  # type: ignore[arg-type]
+            data_collator=head.collate,  # type: ignore[arg-type]
+            train_dataset=list(items),  # type: ignore[arg-type]
             callbacks=[log],
         )
         self.remove_callback(PrinterCallback)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """Count the labelled tokens of all micro-batches of a step, over all processes."""
+        """Count the targets of all micro-batches of a step, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum((batch["labels"] != IGNORED_LABEL).sum() for batch in batches)
+        count = sum(self.head.n_targets(batch) for batch in batches)
         if self.args.world_size > 1:
             count = self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
         return batches, count
@@ -222,14 +231,23 @@ class _SuperNetworkTrainer(Trainer):
         for draw in draws:
             self.net.activate(draw.config)
             with self.compute_loss_context_manager():
-                summed = model(**inputs)
+                summed = model(inputs)
             # Gradients are averaged over processes, and each holds its own share of the tokens.
             loss = summed * (draw.weight * self.args.world_size) / num_items_in_batch
             self._refuse_divergence(loss, step)
             self.accelerator.backward(loss)
             total += loss.detach() / self.args.world_size
-        self.step_log.add(total, inputs["input_ids"].numel() * len(draws), draws)
+        seen = inputs.get("attention_mask", inputs["input_ids"])
+        tokens = int(seen.sum()) if "attention_mask" in inputs else seen.numel()
+        self.step_log.add(total, tokens * len(draws), draws)
         return total
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Let sequences of similar length share a batch where batches are padded."""
+        if not self.head.pads:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [self.head.length(item) for item in self.train_dataset]  # type: ignore[union-attr]
+        return LengthGroups(lengths, self.args.train_batch_size, self.args.seed)
 
     def _draw_index(self, step: int) -> tuple[int, float]:
         """Return the number that this draw depends on, and how far the training is."""
@@ -285,6 +303,7 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
         warmup_steps=cfg.warmup,
         weight_decay=cfg.weight_decay,
         max_grad_norm=cfg.max_grad_norm,
+        use_cpu=precision == "bf16" and not cuda,  # asked for bf16 here, the Trainer insists
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         save_strategy="steps",
@@ -300,75 +319,3 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
         seed=cfg.seed or 0,
         data_seed=cfg.seed or 0,
     )
-
-
-class _NothingLeft(Exception):
-    """The checkpoint to go on from is of the last step; the stock loop would train one more."""
-
-
-class _StepLog(TrainerCallback):
-    """Writes train.jsonl, marks checkpoints complete and tells the progress."""
-
-    def __init__(self, path: Path, net: SuperNetwork, progress: Progress | None) -> None:
-        self.path = path
-        self.space = net.space
-        self.progress = progress
-        self.last_loss = math.nan
-        self.tokens = 0
-        self._row: dict[str, Any] = {}
-        self._started = time.monotonic()
-
-    def add(self, loss: Tensor, tokens: int, draws: Sequence[Any]) -> None:
-        """Add a micro-batch to the row of the current step."""
-        row = self._row
-        row["loss"] = row.get("loss", 0.0) + float(loss)
-        row["tokens"] = row.get("tokens", 0) + tokens
-        configs = [list(self.space.encode(draw.config)) for draw in draws]
-        row.setdefault("configs", []).extend(c for c in configs if c not in row["configs"])
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Forget rows of steps that a killed run made after its last checkpoint."""
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = rows[: state.global_step]
-        self.tokens = sum(json.loads(row)["tokens"] for row in kept)
-        self.last_loss = json.loads(kept[-1])["loss"] if kept else math.nan
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
-        self._started = time.monotonic()
-        if self.progress is not None and kept:
-            self.progress(state.global_step, state.max_steps, {})
-        if state.global_step >= state.max_steps:
-            raise _NothingLeft
-
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
-    ) -> None:
-        """Note the learning rate of the step: the schedule moves on before the step ends."""
-        self._row["lr"] = optimizer.param_groups[0]["lr"]
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Write the row of the step that just ended."""
-        now = time.monotonic()
-        seconds = now - self._started
-        self._started = now
-        row = {"step": state.global_step, **self._row, "seconds": round(seconds, 4)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._row = {}
-        self.last_loss = row["loss"]
-        self.tokens += row["tokens"]
-        if self.progress is not None:
-            speed = row["tokens"] / seconds if seconds > 0 else 0.0
-            facts = {"loss": row["loss"], "tokens_per_s": speed}
-            self.progress(state.global_step, state.max_steps, facts)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Mark the checkpoint as written to its end; only marked ones are resumed from."""
-        (self.path.parent / f"checkpoint-{state.global_step}" / _COMPLETE).touch()

@@ -13,14 +13,13 @@ from elastune.data import (
     Encoded,
     Splits,
     calibration_rows,
-    check_disjoint,
     encode,
     encode_all,
     make_splits,
     pack,
     row_batches,
 )
-from elastune.errors import BadData
+from elastune.errors import BadData, BadRecipe
 from elastune.tasks import Example
 
 TOKENIZER = tiny_tokenizer()
@@ -75,14 +74,50 @@ def test_a_planted_leak_is_found_and_named(side: str) -> None:
     with pytest.raises(BadData) as caught:
         cut(report=report)
     message = str(caught.value)
-    assert f"1 question(s) occur in both {side} and report:other" in message
+    assert f"1 question(s) of report:other (50.00%) occur in {side}" in message
     assert stolen.key in message
 
 
-def test_report_sets_may_overlap_each_other_but_not_the_rest() -> None:
-    check_disjoint({"train": POOL, "report:a": REPORT["gym"], "report:b": REPORT["gym"]})
-    with pytest.raises(BadData, match=r"40 question\(s\) occur in both train and validation"):
-        check_disjoint({"train": POOL, "validation": POOL})
+def test_report_sets_may_overlap_each_other() -> None:
+    splits = cut(report={"a": REPORT["gym"], "b": REPORT["gym"]})
+    assert splits.notes == []
+
+
+def test_leaking_training_examples_are_dropped_on_demand_and_counted() -> None:
+    stolen = POOL[3:7]
+    report = {"gym": REPORT["gym"], "other": [question(600), *stolen]}
+    splits = cut(report=report, leaks="drop")
+    assert len(splits.train) + len(splits.validation) == 36
+    assert not set(keys(stolen)) & set(keys(splits.train + splits.validation))
+    (note,) = splits.notes
+    assert note.startswith("4 of 40 training rows dropped: they hold 4 question(s) of report:other")
+    assert splits.report == report
+
+
+def test_dropping_leaks_leaves_the_order_of_the_others_alone() -> None:
+    whole = cut(n_validation=1)
+    stolen = whole.train[5:7]
+    report = {"gym": stolen}
+    kept = cut(report=report, n_validation=1, leaks="drop")
+    assert kept.validation == whole.validation
+    assert kept.train == whole.train[:5] + whole.train[7:]
+
+
+def test_leaks_are_kept_with_a_warning_on_demand() -> None:
+    splits = cut(report={"gym": POOL[:2]}, leaks="warn")
+    assert len(splits.train) + len(splits.validation) == 40
+    assert splits.notes
+    assert all("of report:gym" in note and "means nothing" in note for note in splits.notes)
+
+
+def test_a_pool_that_leaks_too_much_says_what_is_left() -> None:
+    with pytest.raises(BadData, match="10 training examples cannot give 8"):
+        cut(report={"gym": POOL[:30]}, n_train=5, leaks="drop")
+
+
+def test_only_the_three_policies_are_allowed() -> None:
+    with pytest.raises(BadRecipe, match=r"'drpo' \(did you mean 'drop'\?\)"):
+        cut(leaks="drpo")
 
 
 @pytest.mark.parametrize("seed", range(8))

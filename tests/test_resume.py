@@ -46,7 +46,7 @@ def fit(folder: Path, *, dropout: float = 0.2, sandwich: bool = False, **changes
 
 def break_at_call(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception | None) -> None:
     """Raise ``error`` in forward pass ``number`` (from 1), or make its loss NaN."""
-    module = sys.modules["elastune.train"]
+    module = sys.modules["elastune.heads.causal_lm"]
     stock = module.completion_loss
     calls = 0
 
@@ -144,7 +144,7 @@ def test_a_run_that_ended_before_its_file_was_written_needs_no_more_steps(
 ) -> None:
     whole = fit(tmp_path / "whole")
     folder = tmp_path / "broken"
-    module = sys.modules["elastune.train"]
+    module = sys.modules["elastune.heads.causal_lm"]
     stock = module.save_trained
 
     def last_one_fails(net: Any, where: Path) -> None:

@@ -21,6 +21,8 @@ class Head(ABC):
     """
 
     name: str
+    pads: bool = True
+    """Whether batches are padded to their longest item, so that lengths should be alike."""
 
     @abstractmethod
     def encode(

@@ -19,6 +19,7 @@ class CausalLM(Head):
     """Sequences laid end to end without padding; targets are the completions' tokens."""
 
     name = "causal-lm"
+    pads = False
 
     def encode(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from elastune.methods.finetune import finetune
 from elastune.methods.shears import shears
 from elastune.run import Run
 
-METHODS: Mapping[str, Callable[[Run], None]] = {"shears": shears}
+METHODS: Mapping[str, Callable[[Run], None]] = {"finetune": finetune, "shears": shears}
 
-__all__ = ["METHODS", "shears"]
+__all__ = ["METHODS", "finetune", "shears"]

@@ -11,6 +11,7 @@ the same examples.
 from __future__ import annotations
 
 from elastune.measure import measure
+from elastune.methods.baselines import train_baselines
 from elastune.run import Run
 
 
@@ -18,9 +19,7 @@ def shears(run: Run) -> None:
     """Run the whole method; stages that are done are skipped."""
     run.sparsify()
     run.train_supernet()
-    for name in run.recipe.baselines:
-        if name.endswith("+lora"):
-            run.train_baseline(name)
+    train_baselines(run)
     run.search()
     run.extract(run.chosen())
     measure(run)

@@ -89,6 +89,20 @@ class Architecture:
                 found[f"{name}.{self.roles[role]}"] = role
         return found
 
+    def head_names(self, model: nn.Module) -> list[str]:
+        """Return the full names of the modules of a task's head: all that is above the base model.
+
+        A pooler counts too: checkpoints of masked language models come without one.
+        """
+        base = _base_model(model)
+        names = [
+            name
+            for name, module in model.named_children()
+            if module is not base and any(True for _ in module.parameters())
+        ]
+        pooler = f"{_prefix(model)}pooler"
+        return [pooler, *names] if getattr(base, "pooler", None) is not None else names
+
     def check(self, model: nn.Module) -> None:
         """Raise UnsupportedModel unless every path of this record leads to a module."""
         blocks = self.blocks_of(model)

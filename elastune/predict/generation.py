@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from elastune.generate import generate
+from elastune.generate import generate_each
 from elastune.metrics import Record
 from elastune.predict.base import Plan
 from elastune.tasks.base import Example, Task
@@ -22,11 +22,14 @@ def predict_texts(
     batch_tokens: int,
     done: Set[int],
 ) -> Plan:
-    """Record prompt, generated text, the answer found in it, gold and ``correct``."""
+    """Record prompt, generated text, the answer found in it, gold and ``correct``.
+
+    Records come as texts are finished, so that a killed evaluation keeps them.
+    """
     todo = [i for i in range(len(examples)) if i not in done]
 
     def records() -> Iterator[Record]:
-        texts = generate(
+        texts = generate_each(
             model,
             tokenizer,
             [examples[i].prompt for i in todo],
@@ -34,14 +37,15 @@ def predict_texts(
             is_finished=task.is_finished,
             batch_tokens=batch_tokens,
         )
-        for i, text in zip(todo, texts, strict=True):
+        for k, text in texts:
+            example = examples[todo[k]]
             yield {
-                "index": i,
-                "prompt": examples[i].prompt,
+                "index": todo[k],
+                "prompt": example.prompt,
                 "text": text,
                 "extracted": task.extract(text),
-                "gold": examples[i].answer,
-                "correct": task.is_correct(text, examples[i]),
+                "gold": example.answer,
+                "correct": task.is_correct(text, example),
             }
 
     return Plan(len(examples), records())

@@ -8,7 +8,30 @@ from typing import Any
 
 from elastune.errors import BadRecipe, nearest
 from elastune.tasks.base import Example, Score, Task, TaskContext, normalise
+from elastune.tasks.commonsense import (
+    PIQA,
+    ARCChallenge,
+    ARCEasy,
+    BoolQ,
+    CommonsenseInstruct,
+    CommonsenseTask,
+    HellaSwag,
+    OpenBookQA,
+    SocialIQa,
+    WinoGrande,
+)
 from elastune.tasks.custom import Custom
+from elastune.tasks.glue import (
+    MNLI,
+    MRPC,
+    QNLI,
+    QQP,
+    RTE,
+    SST2,
+    STSB,
+    CoLA,
+    MNLIMismatched,
+)
 from elastune.tasks.gsm8k import GSM8K
 from elastune.tasks.maths import (
     MAWPS,
@@ -21,7 +44,10 @@ from elastune.tasks.maths import (
 )
 from elastune.tasks.perplexity import Perplexity
 from elastune.tasks.reasoning_gym import ReasoningGym
-from elastune.tasks.sources import JSON_SUFFIXES, TEXT_SUFFIXES
+from elastune.tasks.sources import JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES
+from elastune.tasks.squad import SQuAD, SQuADv2
+from elastune.tasks.user_classification import UserClassification, UserRegression
+from elastune.tasks.user_questions import UserExtractiveQA, UserMultipleChoice
 
 __all__ = ["TASKS", "Example", "Score", "Task", "TaskContext", "get_task", "normalise"]
 
@@ -34,12 +60,43 @@ TASKS: dict[str, type[Task]] = {
     "singleeq": SingleEq,
     "svamp": SVAMP,
     "mawps": MAWPS,
+    "boolq": BoolQ,
+    "piqa": PIQA,
+    "siqa": SocialIQa,
+    "hellaswag": HellaSwag,
+    "winogrande": WinoGrande,
+    "arc_easy": ARCEasy,
+    "arc_challenge": ARCChallenge,
+    "openbookqa": OpenBookQA,
+    "commonsense_instruct": CommonsenseInstruct,
+    "sst2": SST2,
+    "cola": CoLA,
+    "mrpc": MRPC,
+    "rte": RTE,
+    "stsb": STSB,
+    "qnli": QNLI,
+    "qqp": QQP,
+    "mnli": MNLI,
+    "mnli_mm": MNLIMismatched,
+    "squad": SQuAD,
+    "squad_v2": SQuADv2,
     "wikitext2": Perplexity,
     "perplexity": Perplexity,
     "reasoning_gym": ReasoningGym,
     "custom": Custom,
+    "classification": UserClassification,
+    "regression": UserRegression,
+    "multiple_choice": UserMultipleChoice,
+    "extractive_qa": UserExtractiveQA,
 }
-TAKES_ARGUMENT = ("perplexity", "reasoning_gym", "custom")
+USER_TASKS = ("custom", "classification", "regression", "multiple_choice", "extractive_qa")
+"""Those whose argument is the source of a user's own rows."""
+TAKES_ARGUMENT = (
+    "perplexity",
+    "reasoning_gym",
+    *USER_TASKS,
+    *(name for name, task in TASKS.items() if issubclass(task, CommonsenseTask)),
+)
 
 
 def get_task(
@@ -54,8 +111,9 @@ def get_task(
 
     Args:
         name: a name of ``TASKS``, with an argument after a colon where it takes one
-            (``reasoning_gym:chain_sum``, ``perplexity:notes.txt``, ``custom:hub:owner/name``); or
-            the path of a .jsonl/.json file (a custom task) or .txt file (perplexity).
+            (``reasoning_gym:chain_sum``, ``perplexity:notes.txt``, ``piqa:likelihood``,
+            ``classification:reviews.csv``, ``custom:hub:owner/name``); or the path of a
+            .jsonl/.json file (a custom task) or .txt file (perplexity).
         data_dir: folder of local data sets; None reads from the hub.
         template: ``alpaca``, ``qa``, ``chat`` or ``none``; None is the task's own default
             (``alpaca``, but ``qa`` for reasoning_gym and ``none`` for perplexity).
@@ -72,6 +130,11 @@ def get_task(
             base, argument = "custom", name
         elif name.endswith(TEXT_SUFFIXES):
             base, argument = "perplexity", name
+        elif name.endswith(TABLE_SUFFIXES):
+            raise BadRecipe(
+                f"task {name!r} is a table, but nothing says what to learn from it.",
+                try_=" or ".join(f"{prefix}:{name}" for prefix in USER_TASKS),
+            )
         else:
             raise BadRecipe(
                 f"task {name!r} is not known{nearest(base, TASKS)}; allowed: {', '.join(TASKS)}, "

@@ -66,12 +66,16 @@ class MultipleChoiceExample:
         choices: continuations as they follow the prompt, blank included.
         gold: index of the right one.
         key: the question itself, for leak checks.
+        scored_from: character of each choice from which on its tokens are scored; what stands
+            before belongs to the prompt. None scores whole choices. It is for choices that differ
+            before a common ending (WinoGrande).
     """
 
     prompt: str
     choices: tuple[str, ...]
     gold: int
     key: str
+    scored_from: tuple[int, ...] | None = None
 
     @property
     def completion(self) -> str:
@@ -182,13 +186,11 @@ class Task(ABC):
     Attributes:
         kind: how examples are scored (`elastune.predict`), and so which head the model needs.
         metrics: what is reported; a search optimises the first.
-        num_labels: classes of a classification task; 1 for regression; None for other kinds.
     """
 
     name: str
     metrics: tuple[Metric, ...] = (ACCURACY,)
     kind: Kind = "generation"
-    num_labels: int | None = None
     max_new_tokens: int = 256
     default_template: ClassVar[str] = "alpaca"
 
@@ -203,6 +205,16 @@ class Task(ABC):
     def head(self) -> HeadName:
         """The head that a model needs for this task."""
         return _HEAD_OF[self.kind]
+
+    @property
+    def num_labels(self) -> int | None:
+        """Classes of a classification task; 1 for regression; None for other kinds."""
+        return None
+
+    @property
+    def notes(self) -> str:
+        """What a reader of this task's results must know; empty when nothing is unusual."""
+        return ""
 
     @property
     def metric(self) -> str:

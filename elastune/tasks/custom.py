@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from elastune.errors import BadData, BadRecipe, nearest
 from elastune.tasks.answers import CHOICE, NUMBER, Judge
-from elastune.tasks.base import Example, Task, TaskContext, normalise
+from elastune.tasks.base import Example, Task, TaskContext
 from elastune.tasks.prompts import chat_prompt
-from elastune.tasks.sources import Row, hub_rows, read_rows
+from elastune.tasks.sources import Row
+from elastune.tasks.user_data import UserData
 
 ROLES = ("prompt", "completion", "answer", "messages", "text", "label")
 MATCHES: dict[str, Judge | None] = {"exact": None, "number": NUMBER, "choice": CHOICE}
-HUB = "hub:"
 
 
 class Custom(Task):
-    """Rows of a .jsonl/.json file (``custom:PATH``) or of a hub data set (``custom:hub:ID``).
+    """Rows of a file (``custom:PATH``: jsonl, json, csv, tsv, parquet) or of ``custom:hub:ID``.
 
     A row is one of: ``prompt`` + ``completion`` (and ``answer`` where the gold answer differs);
     ``messages``, whose last assistant turn is the completion; ``text`` + ``label``.
@@ -53,29 +50,30 @@ class Custom(Task):
         max_new_tokens: int | None = None,
     ) -> None:
         super().__init__(context, max_new_tokens=max_new_tokens)
-        self.source = context.argument
-        _check_options(self.source, fields or {}, match, holdout)
-        self.name = (
-            f"custom:{self.source if self.source.startswith(HUB) else Path(self.source).name}"
+        self.data = UserData(
+            "custom",
+            context,
+            ROLES,
+            self._from_row,
+            fields=fields,
+            report=report,
+            holdout=holdout,
+            split=split,
+            subset=subset,
         )
-        self.names = {role: (fields or {}).get(role, role) for role in ROLES}
+        if match not in MATCHES:
+            raise BadRecipe(
+                f"match is {match!r}{nearest(match, MATCHES)}; allowed: {', '.join(MATCHES)}."
+            )
+        self.name, self.names = self.data.name, self.data.names
         self.labels = labels
         self.judge = MATCHES[match]
-        self.report, self.holdout = report, holdout
-        self.split, self.subset = split, subset
 
     def train_examples(self) -> list[Example]:
-        if self.report is not None:
-            return self._all
-        return [e for e in self._all if _share(e.key) >= self.holdout]
+        return self.data.train()
 
     def report_examples(self) -> list[Example]:
-        if self.report is not None:
-            return [self._from_row(row) for row in self._rows(self.report, is_report=True)]
-        kept = [e for e in self._all if _share(e.key) < self.holdout]
-        if not kept:
-            raise self.lacks("report", "raise `holdout`, or name a file with the option `report`")
-        return kept
+        return self.data.report()
 
     def is_finished(self, text: str) -> bool:
         if super().is_finished(text):
@@ -98,21 +96,8 @@ class Custom(Task):
         return given is not None and given.casefold() == example.answer.strip().casefold()
 
     @cached_property
-    def _all(self) -> list[Example]:
-        return [self._from_row(row) for row in self._rows(self.source, is_report=False)]
-
-    @cached_property
     def _multiline(self) -> bool:
-        return any("\n" in example.answer.strip() for example in self._all)
-
-    def _rows(self, source: str, *, is_report: bool) -> list[Row]:
-        if self.source.startswith(HUB):
-            split = source if is_report else self.split
-            return hub_rows(self.source.removeprefix(HUB), subset=self.subset, split=split)
-        path = Path(source)
-        if self.context.data_dir is not None and not path.exists():
-            path = self.context.data_dir / path
-        return read_rows(path)
+        return any("\n" in example.answer.strip() for example in self.data.all)
 
     def _from_row(self, row: Row) -> Example:
         if self.names["messages"] in row.values:
@@ -158,34 +143,9 @@ class Custom(Task):
         return words[str(label)]
 
 
-def _check_options(source: str, fields: Mapping[str, str], match: str, holdout: float) -> None:
-    if not source:
-        raise BadRecipe("task 'custom' needs a path or hub id.", try_="custom:train.jsonl")
-    for role in fields:
-        if role not in ROLES:
-            raise BadRecipe(
-                f"fields names {role!r}{nearest(role, ROLES)}; allowed: {', '.join(ROLES)}."
-            )
-    if match not in MATCHES:
-        raise BadRecipe(
-            f"match is {match!r}{nearest(match, MATCHES)}; allowed: {', '.join(MATCHES)}."
-        )
-    if not 0 <= holdout < 1:
-        raise BadRecipe(f"holdout is {holdout}; it must be at least 0 and below 1.")
-
-
 def _is_message(message: Any) -> bool:
     return (
         isinstance(message, dict)
         and isinstance(message.get("role"), str)
         and isinstance(message.get("content"), str)
     )
-
-
-def _share(key: str) -> float:
-    """Return a number in [0, 1) that depends on the question's text alone.
-
-    Repeated questions fall on one side, and adding rows moves no other row.
-    """
-    digest = hashlib.sha256(json.dumps(normalise(key)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64

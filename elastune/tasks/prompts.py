@@ -90,6 +90,19 @@ def make_template(name: str, tokenizer: Any = None) -> Template:
     return TEMPLATES[name](tokenizer)
 
 
+def refuse_template(template: str | None, task: str) -> None:
+    """Raise BadRecipe when a template is given to a task whose inputs have a wording of their own.
+
+    Those are the tasks without generated answers.
+    """
+    if template not in (None, "none"):
+        raise BadRecipe(
+            f"task {task!r} takes no template, but {template!r} was given: the wording of its "
+            "inputs is fixed.",
+            try_="leave template out",
+        )
+
+
 def chat_prompt(tokenizer: Any, messages: list[dict[str, str]], wanted_by: str) -> str:
     """Return ``messages`` in the tokenizer's chat format, ready for the assistant's turn.
 

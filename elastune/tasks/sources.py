@@ -1,8 +1,13 @@
-"""Read rows from local files (jsonl, json, plain text, each also gzipped) and from the hub."""
+"""Read rows from local files (jsonl, json, csv, tsv, parquet) and from the hub; plain text, too.
+
+All but parquet may be gzipped.
+"""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +17,10 @@ from typing import Any, TextIO, cast
 from elastune.errors import BadData, nearest
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
+ROW_SUFFIXES = JSON_SUFFIXES + TABLE_SUFFIXES
 TEXT_SUFFIXES = (".txt", ".txt.gz")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 @dataclass(frozen=True)
@@ -56,20 +64,32 @@ class Row:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a .jsonl file or of a .json file holding a list, plain or gzipped.
+    """Return the rows of a file, by its suffix.
+
+    .jsonl has an object a line, .json a list of objects; .csv and .tsv name their columns in the
+    first line and hold strings alone; .parquet needs the package pyarrow.
 
     Raises:
-        BadData: no such file, not UTF-8 or gzip, bad JSON (with line number), a row that is no
-            object, or no row at all.
+        BadData: no such file, not UTF-8 or gzip, bad JSON or a torn table row (with line number),
+            a row that is no object, no row at all, or pyarrow is missing.
     """
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        rows = _rows_of_list(text, path)
+    if path.suffix == ".parquet":
+        rows = _rows_of_parquet(path)
+    elif path.name.endswith(TABLE_SUFFIXES):
+        rows = list(_rows_of_table(read_text(path), path))
     else:
-        rows = list(_rows_of_lines(text, path))
+        text = read_text(path)
+        is_list = text.lstrip().startswith("[")
+        rows = _rows_of_list(text, path) if is_list else list(_rows_of_lines(text, path))
     if not rows:
         raise BadData(f"{path} holds no rows.", try_="check that the file was written completely")
     return rows
+
+
+def local_file(folder: Path, *names: str) -> Path | None:
+    """Return the first file of ``folder`` called one of ``names``, with any suffix of rows."""
+    paths = (folder / f"{name}{suffix}" for name in names for suffix in ROW_SUFFIXES)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_text(path: Path) -> str:
@@ -78,10 +98,7 @@ def read_text(path: Path) -> str:
     Raises:
         BadData: no such file, or it is not UTF-8 text or not valid gzip.
     """
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        where = "" if path.parent.is_dir() else f"; there is no folder {path.parent} either"
-        raise BadData(f"there is no file {path}{nearest(path.name, siblings)}{where}.")
+    _require_file(path)
     try:
         with _open(path) as file:
             return file.read()
@@ -117,6 +134,13 @@ def hub_rows(repo: str, *, split: str, subset: str | None = None) -> list[Row]:
     return rows
 
 
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = "" if path.parent.is_dir() else f"; there is no folder {path.parent} either"
+        raise BadData(f"there is no file {path}{nearest(path.name, siblings)}{where}.")
+
+
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
@@ -147,6 +171,43 @@ def _rows_of_list(text: str, path: Path) -> list[Row]:
             f"{path} line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}."
         ) from error
     return [_row(value, f"{path} item {i}") for i, value in enumerate(values, start=1)]
+
+
+def _rows_of_table(text: str, path: Path) -> Iterator[Row]:
+    # Spreadsheets put a byte order mark before the first column's name.
+    file = io.StringIO(text.removeprefix("\ufeff"), newline="")
+    reader = csv.reader(file, delimiter=_DELIMITERS[Path(path.name.removesuffix(".gz")).suffix])
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise BadData(f"{path} names a column twice in its first line: {', '.join(header)}.")
+        for cells in reader:
+            place = f"{path} line {reader.line_num}"
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise BadData(
+                    f"{place} has {len(cells)} cells; the first line names {len(header)} columns.",
+                    try_='put cells that hold the delimiter, a quote or a line end in "quotes"',
+                )
+            yield Row(dict(zip(header, cells, strict=True)), place)
+    except csv.Error as error:
+        raise BadData(f"{path} line {reader.line_num} cannot be read: {error}.") from error
+
+
+def _rows_of_parquet(path: Path) -> list[Row]:
+    _require_file(path)
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise BadData(
+            f"reading {path} needs the package pyarrow.", try_="pip install 'elastune[data]'"
+        ) from error
+    try:
+        values = parquet.ParquetFile(path).read().to_pylist()
+    except (ArrowException, OSError) as error:
+        raise BadData(f"{path} cannot be read as parquet: {error}.") from error
+    return [_row(value, f"{path} row {i}") for i, value in enumerate(values)]
 
 
 def _row(values: Any, place: str) -> Row:

@@ -1,0 +1,94 @@
+"""What a training tells as it goes: a row of train.jsonl per step, progress, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from elastune.space import SearchSpace
+
+COMPLETE = "complete"
+"""Name of the file that marks a checkpoint as written to its end."""
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called after each step with (steps done, steps in all, {"loss", "tokens_per_s"})."""
+
+
+class NothingLeft(Exception):
+    """The checkpoint to go on from is of the last step; the stock loop would train one more."""
+
+
+class StepLog(TrainerCallback):
+    """Writes train.jsonl, marks checkpoints complete and tells the progress."""
+
+    def __init__(self, path: Path, space: SearchSpace | None, progress: Progress | None) -> None:
+        self.path = path
+        self.space = space
+        self.progress = progress
+        self.last_loss = math.nan
+        self.tokens = 0
+        self._row: dict[str, Any] = {}
+        self._started = time.monotonic()
+
+    def add(self, loss: Tensor, tokens: int, draws: Sequence[Any]) -> None:
+        """Add a micro-batch to the row of the current step."""
+        row = self._row
+        row["loss"] = row.get("loss", 0.0) + float(loss)
+        row["tokens"] = row.get("tokens", 0) + tokens
+        if self.space is not None:
+            configs = [list(self.space.encode(draw.config)) for draw in draws]
+            row.setdefault("configs", []).extend(c for c in configs if c not in row["configs"])
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Forget rows of steps that a killed run made after its last checkpoint."""
+        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = rows[: state.global_step]
+        self.tokens = sum(json.loads(row)["tokens"] for row in kept)
+        self.last_loss = json.loads(kept[-1])["loss"] if kept else math.nan
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
+        self._started = time.monotonic()
+        if self.progress is not None and kept:
+            self.progress(state.global_step, state.max_steps, {})
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Note the learning rate of the step: the schedule moves on before the step ends."""
+        self._row["lr"] = optimizer.param_groups[0]["lr"]
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Write the row of the step that just ended."""
+        now = time.monotonic()
+        seconds = now - self._started
+        self._started = now
+        row = {"step": state.global_step, **self._row, "seconds": round(seconds, 4)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._row = {}
+        self.last_loss = row["loss"]
+        self.tokens += row["tokens"]
+        if self.progress is not None:
+            speed = row["tokens"] / seconds if seconds > 0 else 0.0
+            facts = {"loss": row["loss"], "tokens_per_s": speed}
+            self.progress(state.global_step, state.max_steps, facts)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Mark the checkpoint as written to its end; only marked ones are resumed from."""
+        (self.path.parent / f"checkpoint-{state.global_step}" / COMPLETE).touch()
