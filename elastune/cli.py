@@ -144,6 +144,19 @@ def evaluate(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Systems to score, such as best or sparse.")
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness besides, such as piqa,arc_easy."),
+    ] = None,
+    lm_eval_path: Annotated[
+        Path | None, typer.Option(help="Folder of task files of your own for it.")
+    ] = None,
+    lm_eval_limit: Annotated[
+        float | None, typer.Option(help="First so many examples of each; below 1, that part.")
+    ] = None,
+    lm_eval_fewshot: Annotated[
+        int | None, typer.Option(help="Worked examples before each question.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Score baselines and sub-networks on the report examples, into RUN/metrics.json."""
@@ -153,7 +166,18 @@ def evaluate(
         known = [system.name for system in systems(work)]
         for wrong in set(only or []) - set(known):
             raise BadRecipe(f"unknown system {wrong!r}; this run has {', '.join(known)}")
-        measure(work, only)
+        more = []
+        if lm_eval is not None:
+            from elastune.measure_harness import harness_measurements
+
+            more = harness_measurements(
+                work,
+                [name.strip() for name in lm_eval.split(",") if name.strip()],
+                include_path=lm_eval_path,
+                limit=lm_eval_limit,
+                num_fewshot=lm_eval_fewshot,
+            )
+        measure(work, only, more)
         _finish(work, json_)
 
 

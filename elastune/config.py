@@ -32,6 +32,9 @@ _USUAL_BASELINES = {
 }
 
 
+_FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -63,8 +66,9 @@ class TaskConfig(_Section):
     @property
     def label(self) -> str:
         """What results call the task: its name, of a file without the folders."""
-        is_file = Path(self.name.removesuffix(".gz")).suffix in (".jsonl", ".json", ".txt")
-        return Path(self.name).name if is_file else self.name
+        path = self.name.rpartition(":")[2]
+        is_file = Path(path.removesuffix(".gz")).suffix in _FILE_SUFFIXES
+        return Path(path).name if is_file else self.name
 
 
 Task = Annotated[TaskConfig, BeforeValidator(_shorthand)]
@@ -226,12 +230,12 @@ class Recipe(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     baselines: Annotated[list[str], BeforeValidator(_listed), AfterValidator(_known_baselines)] = []
     """What the results are compared with: untrained, all weights trained, or a plain LoRA, each as
-    long as the super-adapter and on the same batches. Empty means those usual for the method."""
+    long as the super-adapter and on the same batches. By default those usual for the method."""
 
     @model_validator(mode="before")
     @classmethod
     def _usual_baselines(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("baselines"):
+        if isinstance(data, dict) and data.get("baselines") is None:
             method = data.get("method", "shears")
             return {**data, "baselines": _USUAL_BASELINES.get(method, [])}
         return data

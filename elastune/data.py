@@ -8,8 +8,9 @@ Shapes: `T` tokens of a packed batch, `S` sequences in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from elastune.leaks import (
     training_leaks,
     warning,
 )
-from elastune.tasks.base import Example
+from elastune.tasks.base import AnyExample, Example
 
 IGNORED_LABEL = -100
 """Label of positions that carry no loss, as in torch's cross entropy and transformers."""
@@ -79,16 +80,16 @@ class Splits:
     ``notes`` tell the user of leaks that were dropped, or kept on demand.
     """
 
-    calibration: list[Example] = field(repr=False)
-    train: list[Example] = field(repr=False)
-    validation: list[Example] = field(repr=False)
-    report: dict[str, list[Example]] = field(repr=False)
+    calibration: list[Any] = field(repr=False)
+    train: list[Any] = field(repr=False)
+    validation: list[Any] = field(repr=False)
+    report: dict[str, Sequence[Any]] = field(repr=False)
     notes: list[str] = field(default_factory=list)
 
 
 def make_splits(
-    training: Sequence[Example],
-    report: dict[str, list[Example]],
+    training: Sequence[AnyExample],
+    report: Mapping[str, Sequence[AnyExample]],
     *,
     n_train: int | None,
     n_validation: int,
@@ -137,7 +138,7 @@ def make_splits(
         if leaks == "refuse":
             refuse(found)
         notes = [warning(leak) for leak in found]
-    return Splits(train[:n_calibration], train, validation, report, notes)
+    return Splits(train[:n_calibration], train, validation, dict(report), notes)
 
 
 @dataclass(frozen=True)

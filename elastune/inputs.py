@@ -87,9 +87,11 @@ def source_hashes(recipe: Recipe, recorded: Mapping[str, str]) -> dict[str, str]
 
 def _local(name: str, data_dir: Path | None) -> Path | None:
     """Return the file or folder that a model, task or text is read from, if it is local."""
-    name = name.removeprefix("custom:").removeprefix("perplexity:")
-    places = [Path(name).expanduser(), *([data_dir / name] if data_dir else [])]
-    return next((path for path in places if name and path.exists()), None)
+    # Names of tasks may hold the path after a colon: "classification:train.csv".
+    spellings = [text for text in (name, name.partition(":")[2]) if text]
+    places = [Path(text).expanduser() for text in spellings]
+    places += [data_dir / text for text in spellings if data_dir]
+    return next((path for path in places if path.exists()), None)
 
 
 def _content_hash(path: Path) -> str:

@@ -25,8 +25,8 @@ from elastune.extract import extract
 from elastune.files import read_json, whole_folder, write_json
 from elastune.finetune import adapted, adapter_space, plain
 from elastune.heads import HEADS
-from elastune.leaks import check_text_leaks
 from elastune.inputs import fingerprint, stage_inputs
+from elastune.leaks import check_text_leaks
 from elastune.models import load_model, write_model
 from elastune.objective import make_objective
 from elastune.progress import Reporter
@@ -102,7 +102,7 @@ class Run:
 
     def report_examples(self, cfg: TaskConfig) -> list[Any]:
         """Return the examples a task is reported on: all, or a fixed sample of ``limit``."""
-        examples = self.splits.report[cfg.label]
+        examples = list(self.splits.report[cfg.label])
         if cfg.limit is None or cfg.limit >= len(examples):
             return examples
         if self.task(cfg).kind == "perplexity":

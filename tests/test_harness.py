@@ -279,6 +279,7 @@ def test_progress_reaches_the_number_of_requests(scored):
     assert [done for done, _ in told] == sorted(done for done, _ in told)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_sub_networks_are_scored_as_they_are_active(folder, tmp_path):
     tokenizer = tiny_tokenizer()
     net = tiny_net(tiny_llama(tokenizer), alpha=200)

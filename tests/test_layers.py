@@ -12,15 +12,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
-    {"errors", "version", "progress", "yaml_text", "packing", "importance"},
-    {"files", "config", "space", "tasks", "elastic", "generate", "console", "report"},
-    {"models", "inputs", "data", "calibration_text", "supernet", "sampling", "search"},
+    {"errors", "version", "progress", "yaml_text", "packing", "importance", "metrics"},
+    {"files", "config", "space", "tasks", "elastic", "decoding", "console", "statistics", "state"},
+    {"models", "inputs", "sampling", "search", "leaks", "report", "generate", "predictions"},
+    {"data", "calibration_text", "supernet", "whole_model", "step_log", "length_groups"},
     {"artifacts", "build_space", "calibrate", "cost", "extract", "likelihood", "losses", "doctor"},
-    {"sparsify", "train", "evaluate"},
-    {"objective"},
+    {"choices", "heads"},
+    {"predict", "harness_model", "harness_results"},
+    {"sparsify", "train", "evaluate", "harness"},
+    {"objective", "finetune"},
     {"run"},
     {"check", "measure"},
-    {"methods"},
+    {"measure_harness", "methods"},
     {"cli"},
     {"__main__", "__init__"},
 ]
@@ -29,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 #: These start at once, or work without torch: it must not be imported before it is needed.
 WITHOUT_TORCH = (
     *("__init__", "__main__", "cli", "config", "errors", "space", "search", "artifacts"),
-    *("inputs", "files", "yaml_text", "progress", "report"),
+    *("inputs", "files", "yaml_text", "progress", "report", "metrics", "statistics", "tasks"),
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import yaml
 
 from elastune.errors import BadArtifact
+from elastune.metrics import METRICS
 from elastune.report.fields import (
     AGAIN,
     check_fields,
@@ -23,9 +25,14 @@ from elastune.report.fields import (
 
 CURVE_FILES = {
     "supernet": "supernet/train.jsonl",
+    "dense+full": "baselines/dense-full/train.jsonl",
     "dense+lora": "baselines/dense-lora/train.jsonl",
+    "sparse+full": "baselines/sparse-full/train.jsonl",
     "sparse+lora": "baselines/sparse-lora/train.jsonl",
 }
+USUAL_BASELINES = ("dense+lora", "sparse+lora")  # where the recipe does not name its own
+# What plain fine-tuning never makes; with neither of these a run lacks nothing.
+OF_SUPERNETS = frozenset({"base/sparsity.json", "space.json", "search/trials.json", "subnets/"})
 Number = (int, float)
 METRIC_FIELDS: dict[str, Any] = {
     "name": str,
@@ -43,7 +50,21 @@ TENSOR_FIELDS: dict[str, Any] = {"shape": list, "zeros": int, "sparsity": Number
 DIM_FIELDS: dict[str, Any] = {"name": str, "kind": str, "choices": list, "modules": list}
 TRIAL_FIELDS: dict[str, Any] = {"number": int, "config": dict, "values": dict}
 STEP_FIELDS: dict[str, Any] = {"step": int, "loss": Number}
-PREDICTION_FIELDS: dict[str, Any] = {"prompt": str, "text": str, "correct": (bool, int, float)}
+OTHER_FIELDS: dict[str, Any] = {
+    "metric": str,
+    "score": Number,
+    "stderr": (int, float, type(None)),
+    "n": int,
+}
+# Kinds of records by a field that only they have, first match, and what they must hold.
+PREDICTION_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nll": ("perplexity", {"nll": Number, "tokens": int}),
+    "loglikelihoods": ("multiple-choice", {"prompt": str, "loglikelihoods": list}),
+    "context": ("question-answering", {"question": str, "context": str, "prediction": str}),
+    "prompt": ("generation", {"prompt": str, "text": str}),
+    "correct": ("classification", {"text": str, "prediction": Number, "gold": Number}),
+    "prediction": ("regression", {"text": str, "prediction": Number, "gold": Number}),
+}
 
 
 @dataclass(frozen=True)
@@ -92,14 +113,14 @@ def load_run(run_dir: Path) -> RunData:
         "space.json": _read_space(run_dir / "space.json"),
         "search/trials.json": _read_search(run_dir / "search" / "trials.json"),
     }
+    recipe = parts["recipe.yaml"] or {}
     curves = {name: _read_curve(run_dir / file) for name, file in CURVE_FILES.items()}
     predictions = _read_predictions(run_dir / "predictions")
     subnets = _find_subnets(run_dir / "subnets")
     absent = [name for name, value in parts.items() if value is None]
-    absent += [CURVE_FILES[name] for name, curve in curves.items() if curve is None]
     absent += [] if predictions else ["predictions/"]
     absent += [] if subnets else ["subnets/"]
-    if len(absent) == len(parts) + len(curves) + 2:
+    if len(absent) == len(parts) + 2 and not any(curves.values()):
         raise BadArtifact(
             f"{run_dir} holds none of the files of a run (metrics.json, recipe.yaml, ...)",
             try_="give the directory that `elastune run` wrote",
@@ -116,28 +137,60 @@ def load_run(run_dir: Path) -> RunData:
         predictions=predictions,
         subnets=subnets,
         architecture=_architecture(run_dir / "base" / "config.json"),
-        missing=tuple(absent),
+        missing=(
+            *(name for name in absent if not _is_plain(recipe) or name not in OF_SUPERNETS),
+            *(CURVE_FILES[name] for name in _trained(recipe) if curves[name] is None),
+        ),
     )
+
+
+def _is_plain(recipe: Mapping[str, Any]) -> bool:
+    """Tell whether a run is plain fine-tuning: it has baselines alone."""
+    return recipe.get("method") == "finetune"
+
+
+def _trained(recipe: Mapping[str, Any]) -> list[str]:
+    """Name what a run trains, by the curve of its training."""
+    named = recipe.get("baselines")
+    wanted = named if isinstance(named, list) else USUAL_BASELINES
+    nets = [] if _is_plain(recipe) else ["supernet"]
+    return [name for name in CURVE_FILES if name in wanted or name in nets]
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Tell the kind of task that a record of a prediction file is of; ``""`` for none known."""
+    return next((kind for field, (kind, _) in PREDICTION_KINDS.items() if field in row), "")
 
 
 def check_metrics(metrics: Mapping[str, Any], where: str = "metrics.json") -> None:
     """Check the rows of a ``metrics.json`` value.
 
     Raises:
-        BadArtifact: a row lacks a field, is there twice, or has an accuracy outside 0..1.
+        BadArtifact: a row lacks a field, is there twice, or has a fraction outside 0..1.
     """
     check_fields(metrics, {"rows": list}, where)
     seen: set[tuple[str, str, str]] = set()
     for number, row in enumerate(metrics["rows"]):
         at = f"{where}, row {number}"
         check_fields(row, METRIC_FIELDS, at)
-        check_optional(row, {"latency_ms": Number, "config": dict}, at)
+        optional = {"latency_ms": Number, "config": dict, "other_metrics": list, "notes": str}
+        check_optional(row, optional, at)
         key = (row["name"], row["task"], row["metric"])
         if key in seen:
             raise BadArtifact(f"{at}: a second row for {' / '.join(key)}", try_=AGAIN)
         seen.add(key)
-        if row["metric"] == "accuracy" and not 0 <= row["score"] <= 1:
-            raise BadArtifact(f"{at}: accuracy is a fraction 0..1, got {row['score']}", try_=AGAIN)
+        _check_fraction(row, at)
+        for place, other in enumerate(row.get("other_metrics") or ()):
+            check_fields(other, OTHER_FIELDS, f"{at}, other metric {place}")
+            _check_fraction(other, f"{at}, other metric {place}")
+
+
+def _check_fraction(row: Mapping[str, Any], at: str) -> None:
+    metric = METRICS.get(row["metric"])
+    if metric is not None and metric.unit == "fraction" and not 0 <= row["score"] <= 1:
+        raise BadArtifact(
+            f"{at}: {row['metric']} is a fraction 0..1, got {row['score']}", try_=AGAIN
+        )
 
 
 def _read_recipe(path: Path) -> dict[str, Any] | None:
@@ -222,8 +275,16 @@ def _read_predictions(folder: Path) -> dict[tuple[str, str], list[dict[str, Any]
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         name, _, task = path.stem.partition(".")
-        found[name, task] = list(read_rows(path, PREDICTION_FIELDS))
+        found[name, task] = rows = list(read_rows(path, {}))
+        fields = dict(PREDICTION_KINDS.values()).get(kind_of(rows[0]), {}) if rows else {}
+        for number, row in enumerate(rows, start=1):
+            check_fields(row, fields, f"{path}, line {number}")
     return found
+
+
+def prediction_name(task: str) -> str:
+    """Return how the names of prediction files spell a task."""
+    return re.sub("[:/]", "_", task)
 
 
 def _find_subnets(folder: Path) -> dict[str, str]:

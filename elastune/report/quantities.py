@@ -27,24 +27,31 @@ def count_texts(counts: Sequence[int]) -> tuple[str, list[str]]:
     return prefix, [f"{count / divisor:,.{decimals}f}" for count in counts]
 
 
-def score_text(score: float, *, percent: bool, beside: float | None = None) -> str:
+def score_text(
+    score: float, *, percent: bool, beside: float | None = None, decimals: int | None = None
+) -> str:
     """Format a score: per cent with one decimal, other metrics with the digits they need.
 
-    ``beside`` is the number that sets the digits, so that an error matches its score.
+    ``beside`` is the number that sets the digits, so that an error matches its score; ``decimals``
+    fixes them.
     """
     if not math.isfinite(score):
         return "\N{INFINITY}" if score == math.inf else "n/a"
     if percent:
-        return f"{100 * score:.1f}"
+        return f"{100 * score:.1f}".replace("-", MINUS)
+    if decimals is not None:
+        return f"{score:.{decimals}f}".replace("-", MINUS)
     size = abs(score if beside is None else beside)
     if size >= 1e5:
         return f"{score:.2e}"
     return f"{score:,.{2 if size >= 1 else 3}f}"
 
 
-def signed(difference: float, *, percent: bool, beside: float | None = None) -> str:
-    """Format a difference with its sign, using a real minus; ``beside`` as in ``score_text``."""
-    text = score_text(abs(difference), percent=percent, beside=beside)
+def signed(
+    difference: float, *, percent: bool, beside: float | None = None, decimals: int | None = None
+) -> str:
+    """Format a difference with its sign, using a real minus; the rest as in ``score_text``."""
+    text = score_text(abs(difference), percent=percent, beside=beside, decimals=decimals)
     return ("+" if difference >= 0 else MINUS) + text
 
 
@@ -78,6 +85,13 @@ def one_line(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(one_line(item) for item in value)
     return str(value)
+
+
+def p_text(p: float) -> str:
+    """Format a p-value: ``p = 0.24``, ``p = 0.013``, ``p < 0.001``."""
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.{2 if p >= 0.1 else 3}f}"
 
 
 def is_number(value: Any) -> bool:

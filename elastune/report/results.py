@@ -7,15 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from elastune.metrics import METRICS, Metric
 from elastune.report.load import check_metrics
-from elastune.report.quantities import score_text
+from elastune.report.quantities import score_text, signed
 
-BASELINES = ("dense", "dense+lora", "lora", "sparse", "sparse+lora")
+UNTRAINED = ("dense", "sparse")
+BASELINES = (
+    *("dense", "dense+full", "dense+lora", "lora"),
+    *("sparse", "sparse+full", "sparse+lora"),
+)
 RESULTS = ("largest", "heuristic", "smallest", "best")
 ORDER = BASELINES + RESULTS
 REFERENCES = ("sparse+lora", "dense+lora", "lora")  # what a sub-network must beat, first found
-LOWER_IS_BETTER = frozenset({"perplexity", "loss", "nll"})
-PERCENT = frozenset({"accuracy", "exact_match", "f1"})
+# Words in the names of metrics not in METRICS (lm-eval's) of which less is better.
+LOWER_IS_BETTER = ("perplexity", "loss", "nll", "bits_per_byte", "brier", "wer", "ter")
+HARNESS = "lm-eval:"
 FEW_EXAMPLES = 30  # below this the normal approximation of a proportion means little
 
 
@@ -27,24 +33,47 @@ class Column:
     metric: str
 
     @property
+    def known(self) -> Metric | None:
+        """The metric, where it is one of this library; lm-eval may name a filter behind it."""
+        return METRICS.get(self.metric.partition(" (")[0])
+
+    @property
+    def title(self) -> str:
+        """The metric's name in words."""
+        return self.metric.replace("_", " ")
+
+    @property
     def percent(self) -> bool:
         """Whether values are fractions shown as per cent."""
-        return self.metric in PERCENT
+        return self.known is not None and self.known.unit == "fraction"
+
+    @property
+    def decimals(self) -> int | None:
+        """How many decimals values have; None leaves it to their size."""
+        return 3 if self.known is not None and self.known.unit == "correlation" else None
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a larger value is the better one."""
-        return self.metric not in LOWER_IS_BETTER
+        if self.known is not None:
+            return self.known.higher_is_better
+        return not any(word in self.metric.lower() for word in LOWER_IS_BETTER)
+
+    def number(self, score: float, beside: float | None = None) -> str:
+        """Format a number in this column's unit; ``beside`` sets the digits."""
+        return score_text(score, percent=self.percent, beside=beside, decimals=self.decimals)
+
+    def difference(self, score: float, beside: float | None = None) -> str:
+        """Format a difference with its sign."""
+        return signed(score, percent=self.percent, beside=beside, decimals=self.decimals)
 
     def text(self, value: Value) -> str:
         """Format a score of this column, without its error."""
-        return score_text(value.score, percent=self.percent)
+        return self.number(value.score)
 
     def error_text(self, value: Value) -> str:
         """Format the standard error with the digits of its score; empty where there is none."""
-        if value.stderr is None:
-            return ""
-        return score_text(value.stderr, percent=self.percent, beside=value.score)
+        return "" if value.stderr is None else self.number(value.stderr, value.score)
 
     def full_text(self, value: Value) -> str:
         """Format score ± standard error."""
@@ -66,10 +95,14 @@ class Value:
 
 @dataclass(frozen=True)
 class System:
-    """One row of the main table: scores by column, and what the system costs."""
+    """One row of the main table: scores by column, and what the system costs.
+
+    ``first`` are the columns of the tasks' first metrics.
+    """
 
     name: str
     values: Mapping[Column, Value]
+    first: tuple[Column, ...]
     params: int
     nonzero: int
     macs: int
@@ -82,21 +115,10 @@ class System:
         """Whether this is a baseline rather than a sub-network of the super-network."""
         return self.name in BASELINES
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a system compares with a reference.
-
-    ``word`` is ``better``, ``worse``, ``within noise`` or ``unknown`` (no standard error).
-    """
-
-    name: str
-    reference: str
-    column: Column
-    difference: float
-    noise: float | None
-    n: int
-    word: str
+    @property
+    def trained(self) -> bool:
+        """Whether this is more than the model as it came, or as it was pruned."""
+        return self.name not in UNTRAINED
 
 
 def systems(metrics: Mapping[str, Any]) -> list[System]:
@@ -118,8 +140,9 @@ def systems(metrics: Mapping[str, Any]) -> list[System]:
 
 def _system(name: str, rows: Sequence[Mapping[str, Any]]) -> System:
     values = {
-        Column(row["task"], row["metric"]): Value(row["score"], row["stderr"], row["n"])
+        Column(row["task"], part["metric"]): _value(part)
         for row in rows
+        for part in (row, *(row.get("other_metrics") or ()))
     }
     first = rows[0]
     latencies = [row["latency_ms"] for row in rows if row.get("latency_ms") is not None]
@@ -127,6 +150,7 @@ def _system(name: str, rows: Sequence[Mapping[str, Any]]) -> System:
     return System(
         name=name,
         values=values,
+        first=tuple(Column(row["task"], row["metric"]) for row in rows),
         params=first["params"],
         nonzero=first["nonzero"],
         macs=first["macs"],
@@ -136,18 +160,40 @@ def _system(name: str, rows: Sequence[Mapping[str, Any]]) -> System:
     )
 
 
+def _value(part: Mapping[str, Any]) -> Value:
+    stderr = part["stderr"]
+    known = stderr is not None and math.isfinite(stderr)
+    return Value(part["score"], stderr if known else None, part["n"])
+
+
 def columns(rows: Sequence[System]) -> list[Column]:
     """List the measured columns in order of appearance."""
     return list(dict.fromkeys(column for row in rows for column in row.values))
 
 
+def first_columns(rows: Sequence[System]) -> list[Column]:
+    """List the columns of the tasks' first metrics, and the average if there is one."""
+    found = list(dict.fromkeys(column for row in rows for column in row.first))
+    return found + [AVERAGE] * any(AVERAGE in row.values for row in rows)
+
+
+def footnotes(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return what rows note of their tasks."""
+    return {row["task"]: row["notes"] for row in metrics["rows"] if row.get("notes")}
+
+
 def with_average(rows: Sequence[System]) -> list[System]:
-    """Add the average over the accuracy tasks where there are several.
+    """Add the average over the tasks whose first metric is accuracy, where there are several.
 
     A system that lacks one of the tasks gets none, since its average would not compare. The
-    standard error takes the tasks as independent: ``sqrt(sum(se_i^2)) / k``.
+    standard error takes the tasks as independent: ``sqrt(sum(se_i^2)) / k``. Tasks of lm-eval are
+    left out: they may be the run's own tasks, worded otherwise.
     """
-    tasks = [column for column in columns(rows) if column.metric == "accuracy"]
+    tasks = [
+        column
+        for column in first_columns(rows)
+        if column.metric == "accuracy" and not column.task.startswith(HARNESS)
+    ]
     if len(tasks) < 2:
         return list(rows)
     return [_add_average(row, tasks) for row in rows]
@@ -164,60 +210,23 @@ def _add_average(row: System, tasks: Sequence[Column]) -> System:
     return System(**{**row.__dict__, "values": {**row.values, AVERAGE: mean}})
 
 
+def contenders(rows: Sequence[System]) -> list[System]:
+    """Return the sub-networks; of a run that has baselines alone, those."""
+    return [row for row in rows if not row.baseline] or list(rows)
+
+
 def best_names(rows: Sequence[System], column: Column) -> set[str]:
-    """Name the sub-networks (no baselines) with the best score in ``column``.
+    """Name the sub-networks with the best score in ``column``; of baselines alone, any of them.
 
     None where all of several tie: then no one stands out.
     """
     scores = {
         row.name: row.values[column].score
-        for row in rows
-        if not row.baseline and column in row.values and math.isfinite(row.values[column].score)
+        for row in contenders(rows)
+        if column in row.values and math.isfinite(row.values[column].score)
     }
     if not scores:
         return set()
     top = max(scores.values()) if column.higher_is_better else min(scores.values())
     names = {name for name, score in scores.items() if score == top}
     return names if len(names) < len(scores) or len(scores) == 1 else set()
-
-
-def reference(rows: Sequence[System]) -> System | None:
-    """Find the baseline that sub-networks are compared with: sparse+lora, else dense+lora."""
-    named = {row.name: row for row in rows}
-    return next((named[name] for name in REFERENCES if name in named), None)
-
-
-def verdicts(rows: Sequence[System]) -> list[Verdict]:
-    """Compare every sub-network with the reference baseline, column by column.
-
-    A difference counts when it exceeds ``2 * sqrt(se1^2 + se2^2)``, about a 95 % interval for two
-    independent samples. Both systems answer the same questions, so the test errs on the side of
-    "within noise".
-    """
-    against = reference(rows)
-    if against is None:
-        return []
-    return [
-        compare(row, against, column)
-        for row in rows
-        if not row.baseline
-        for column in row.values
-        if column in against.values
-    ]
-
-
-def compare(row: System, against: System, column: Column) -> Verdict:
-    """Say whether ``row`` differs from ``against`` in ``column`` beyond noise."""
-    ours, theirs = row.values[column], against.values[column]
-    difference = ours.score - theirs.score
-    noise = None
-    if ours.stderr is not None and theirs.stderr is not None:
-        noise = 2 * math.hypot(ours.stderr, theirs.stderr)
-    if noise is None or not math.isfinite(difference) or not math.isfinite(noise):
-        word, noise = "unknown", None
-    elif abs(difference) <= noise:
-        word = "within noise"
-    else:
-        word = "better" if (difference > 0) == column.higher_is_better else "worse"
-    n = min(ours.n, theirs.n)
-    return Verdict(row.name, against.name, column, difference, noise, n, word)
