@@ -152,7 +152,6 @@ class SlotRows:
         return self._read(rests, shared)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        self.cache.rows = torch.arange(len(tokens), device=self.device)
         self.cache.ends = self.ends
         self.cache.longest = int(self.ends.max()) + 1
         with row_attention(self.inner):
@@ -218,7 +217,6 @@ class _SlotCache(Cache):
         self.shape = (n_slots, capacity)
         self.writes: list[tuple[int, int]] | None = None
         self.ends: Tensor | None = None
-        self.rows: Tensor | None = None
         self.longest = 0
         self.preamble: dict[int, tuple[Tensor, Tensor]] = {}
         self.slots: dict[int, tuple[Tensor, Tensor]] = {}
@@ -229,9 +227,10 @@ class _SlotCache(Cache):
         given = (key_states, value_states)
         if self.ends is not None:
             slots = self.slots[layer_idx]
+            n, ends = len(self.ends), self.ends.to(key_states.device)
+            rows = torch.arange(n, device=ends.device)
             for slot, new in zip(slots, given, strict=True):
-                slot[self.rows, :, self.ends] = new[:, :, 0]
-            n = len(self.ends)
+                slot[rows, :, ends] = new[:, :, 0]
             return slots[0][:n, :, : self.longest], slots[1][:n, :, : self.longest]
         if self.writes is None:
             self.preamble[layer_idx] = given

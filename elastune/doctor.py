@@ -11,11 +11,12 @@ from rich.table import Table
 
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "safetensors", "optuna", "numpy"),
-    *("datasets", "gguf", "reasoning-gym", "tensorboard"),
+    *("datasets", "gguf", "lm-eval", "reasoning-gym", "tensorboard"),
 )
 _EXTRAS = {
     "datasets": "data",
     "gguf": "gguf",
+    "lm-eval": "lm-eval",
     "reasoning-gym": "reasoning",
     "tensorboard": "tensorboard",
 }

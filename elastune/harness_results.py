@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def score_of(name: str, results: Mapping[str, Any], seconds: float) -> Score:
     for key in sorted(labels, key=lambda key: _place(order, key.partition(",")[0])):
         metric, _, kind = key.partition(",")
         error = found.get(f"{metric}_stderr,{kind}")
-        stderr = float(error) if isinstance(error, int | float) else math.nan
+        stderr = float(error) if isinstance(error, Real) else math.nan
         measured.append((Measured(labels[key], float(found[key]), stderr, n), higher.get(metric)))
     if not measured:
         raise BadRecipe(f"lm-eval task {name!r} gives no number", try_="a task with a metric_list")
@@ -59,7 +60,7 @@ def _labels(found: Mapping[str, Any]) -> dict[str, str]:
     labels: dict[str, str] = {}
     for key, value in found.items():
         metric, comma, kind = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+        if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
             continue
         label = _OURS[metric].name if metric in _OURS else metric
         labels[key] = label if label not in labels.values() else f"{label} ({kind})"

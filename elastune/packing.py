@@ -152,7 +152,7 @@ def _one_token_per_row(
         raise RuntimeError("attention of rows needs row_ends; leave row_attention() first")
     rows, heads, _one, size = query.shape
     groups = key.shape[1]
-    distance = row_ends[:, None] - torch.arange(key.shape[2], device=key.device)
+    distance = row_ends[:, None].to(key.device) - torch.arange(key.shape[2], device=key.device)
     visible = distance >= 0
     if sliding_window is not None:
         visible &= distance < sliding_window

@@ -11,7 +11,14 @@ from tiny_models import encoded, tiny_model
 from torch import Tensor
 
 from elastune.data import IGNORED_LABEL, PackedBatch, pack
-from elastune.packing import packed_attention, supports_packed_attention
+from elastune.packing import (
+    Segment,
+    packed_attention,
+    row_attention,
+    segment_attention,
+    supports_packed_attention,
+    supports_segments,
+)
 
 LENGTHS = (7, 20, 2, 13)  # longer and shorter than the sliding windows below
 WINDOW = 5
@@ -143,3 +150,41 @@ def test_labels_are_what_each_position_must_predict() -> None:
     a, b = (example.input_ids for example in examples)
     assert batch.input_ids[0].tolist() == a[:-1] + b[:-1]
     assert batch.labels[0].tolist() == [IGNORED_LABEL, *a[2:], IGNORED_LABEL, *b[2:]]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma2"])
+def test_segments_with_a_prefix_compute_what_the_whole_sequences_compute(family: str) -> None:
+    model = build(family)
+    assert supports_segments(model)
+    (shared, *rests) = [item.input_ids for item in encoded(9, 1, 12, 4)]
+    ids, positions, segments = list(shared), list(range(9)), [Segment(0, 9)]
+    for rest in rests:
+        segments.append(Segment(len(ids), len(ids) + len(rest), (0, 9)))
+        positions += range(9, 9 + len(rest))
+        ids += rest
+    with torch.no_grad(), segment_attention(model):
+        inputs = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
+        found = model(**inputs, segments=tuple(segments), use_cache=False).logits[0]
+    for rest, segment in zip(rests, segments[1:], strict=True):
+        with torch.no_grad():
+            whole = model(input_ids=torch.tensor([shared + rest]), use_cache=False).logits[0, 9:]
+        torch.testing.assert_close(found[segment.start : segment.stop], whole, atol=1e-5, rtol=0)
+
+
+def test_models_with_attention_of_their_own_have_no_segments() -> None:
+    assert not supports_segments(build("gemma2"))
+    model = build("llama")
+    assert supports_segments(model)
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert not supports_segments(model)
+
+
+@pytest.mark.parametrize(
+    ("attention", "missing"), [(segment_attention, "needs them"), (row_attention, "row_ends")]
+)
+def test_attention_without_its_layout_is_refused(attention: Any, missing: str) -> None:
+    model = build("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(RuntimeError, match=missing), attention(model):
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+    assert model.config._attn_implementation == before

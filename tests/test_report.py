@@ -18,8 +18,9 @@ from rich.console import Console
 from elastune.errors import BadArtifact
 from elastune.report import load_run, markdown_table, metrics_table, sparsity_table, write_report
 from elastune.report.layers import config_text, short_labels, split_name, uniform_text
-from elastune.report.results import AVERAGE, Column, systems, verdicts, with_average
+from elastune.report.results import AVERAGE, Column, systems, with_average
 from elastune.report.svg import nice_ticks, tick_texts
+from elastune.report.verdicts import verdicts
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 LAYERS, RANKS = 6, (32, 24, 16)

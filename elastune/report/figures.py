@@ -11,7 +11,7 @@ from elastune.report.load import Curve, RunData
 from elastune.report.markup import Figure
 from elastune.report.plots import Bar, Line, Mark, bar_chart, line_chart, scatter_chart
 from elastune.report.quantities import common_unit, duration, is_number
-from elastune.report.results import AVERAGE, Column, System, columns
+from elastune.report.results import AVERAGE, Column, System, first_columns
 
 COSTS = ("params", "nonzero", "macs", "latency_ms", "memory_bytes", "memory")
 COST_TITLES = {"nonzero": "non-zeros", "macs": "MACs", "latency_ms": "latency (ms)"}
@@ -63,12 +63,42 @@ def _thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def score_scatters(rows: Sequence[System]) -> list[Figure]:
-    """Draw score against non-zero parameters: one figure for the average, or one per task."""
-    wanted = columns(rows)
+    """Draw score against non-zero parameters: one figure for the average, or one per task.
+
+    Bars of the scores instead where all systems are of about the same size.
+    """
+    wanted = first_columns(rows)
     if AVERAGE in wanted:
-        wanted = [AVERAGE] + [column for column in wanted if column.metric != "accuracy"]
-    figures = [_score_scatter(rows, column) for column in wanted]
+        wanted = [AVERAGE] + [
+            column for column in wanted if column.metric != "accuracy" and column != AVERAGE
+        ]
+    sizes = [row.nonzero for row in rows]
+    draw = _score_bars if sizes and min(sizes) > 0.9 * max(sizes) else _score_scatter
+    figures = [draw(rows, column) for column in wanted]
     return [figure for figure in figures if figure is not None][:4]
+
+
+def _score_bars(rows: Sequence[System], column: Column) -> Figure | None:
+    bars = []
+    for row in rows:
+        value = row.values.get(column)
+        if value is None or not math.isfinite(value.score):
+            continue
+        ends = (None, None) if value.stderr is None else (-value.stderr, value.stderr)
+        low, high = (None if end is None else value.score + end for end in ends)
+        text = column.full_text(value)
+        style = "s0" if row.trained else "s5"
+        hint = f"{row.name}: {text}, {row.nonzero:,} non-zeros"
+        bars.append(Bar(row.name, max(value.score, 0.0), text, hint, style, low, high))
+    if len(bars) < 2:
+        return None
+    title = _titled(column)
+    return Figure(title, bar_chart(bars, title=title), "Whiskers: ± one standard error.")
+
+
+def _titled(column: Column) -> str:
+    where = "on average" if column == AVERAGE else f"on {column.task}"
+    return f"{column.title[0].upper()}{column.title[1:]} {where}"
 
 
 def _score_scatter(rows: Sequence[System], column: Column) -> Figure | None:
@@ -94,10 +124,9 @@ def _score_scatter(rows: Sequence[System], column: Column) -> Figure | None:
             )
         )
     unit = " (%)" if column.percent else ""
-    where = "on average" if column == AVERAGE else f"on {column.task}"
-    title = f"{column.metric[0].upper()}{column.metric[1:]} {where}, against size"
+    title = f"{_titled(column)}, against size"
     x_label = f"non-zero parameters ({prefix})" if prefix else "non-zero parameters"
-    svg = scatter_chart(marks, x_label=x_label, y_label=f"{column.metric}{unit}", title=title)
+    svg = scatter_chart(marks, x_label=x_label, y_label=f"{column.title}{unit}", title=title)
     legend = (("dot", "baseline", "baseline"), ("dot", "s0", "sub-network"))
     return Figure(title, svg, "Bars: ± one standard error.", legend)
 

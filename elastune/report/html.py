@@ -11,6 +11,7 @@ from pathlib import Path
 
 from elastune.report import overview, sections
 from elastune.report.load import RunData, load_run
+from elastune.report.predictions import predictions
 from elastune.report.results import System, systems, with_average
 
 # The page may run its own script and style and load nothing from anywhere.
@@ -51,7 +52,7 @@ def render(run: RunData) -> str:
             sections.search(run, rows),
             sections.training(run),
             sections.sparsity(run),
-            sections.predictions(run),
+            predictions(run),
             sections.loading(run),
             sections.provenance(run),
             sections.missing(run),

@@ -9,18 +9,16 @@ from typing import Any
 from elastune.report import figures
 from elastune.report.load import RunData
 from elastune.report.markup import figure_grid, section
-from elastune.report.quantities import NBSP, TIMES, one_line, score_text, signed, space_size
+from elastune.report.quantities import NBSP, TIMES, one_line, p_text, space_size
 from elastune.report.results import (
     AVERAGE,
     FEW_EXAMPLES,
     Column,
     System,
-    Verdict,
-    compare,
-    reference,
-    verdicts,
+    contenders,
 )
-from elastune.report.tables import Cell, Header, main_table
+from elastune.report.tables import Cell, Header, MainTable, main_table
+from elastune.report.verdicts import Verdict, compare, opponents, verdicts
 
 
 def title(run: RunData) -> str:
@@ -35,7 +33,7 @@ def heading(run: RunData, rows: Sequence[System]) -> str:
     facts = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(run)
     )
-    lead = _lead(rows)
+    lead = _lead(run, rows)
     return (
         f"<header><h1>{escape(title(run))}</h1>"
         + (f'<p class="lead">{escape(lead)}</p>' if lead else "")
@@ -80,22 +78,22 @@ def _find(recipe: Mapping[str, Any], key: str) -> Any:
     return next((value for value in inner if value is not None), None)
 
 
-def _lead(rows: Sequence[System]) -> str:
-    results = [row for row in rows if not row.baseline]
-    chosen = next((row for row in results if row.name == "best"), results[-1] if results else None)
+def _lead(run: RunData, rows: Sequence[System]) -> str:
+    chosen = _chosen(rows)
     if chosen is None:
         return ""
-    column = AVERAGE if AVERAGE in chosen.values else next(iter(chosen.values))
+    column = AVERAGE if AVERAGE in chosen.values else chosen.first[0]
     on = "on average" if column == AVERAGE else f"on {column.task}"
     kind = "the best sub-network found" if chosen.name == "best" else f"sub-network {chosen.name}"
-    text = f"{kind[0].upper()}{kind[1:]} reaches {_score(chosen, column)} {on}"
+    kind = chosen.name if chosen.baseline else f"{kind[0].upper()}{kind[1:]}"
+    text = f"{kind} reaches {_score(chosen, column)} {on}"
     dense = next((row for row in rows if row.name == "dense"), None)
-    if dense is not None and chosen.nonzero and chosen.nonzero < dense.nonzero:
+    if dense is not None and chosen.nonzero and 0 < chosen.nonzero < dense.nonzero:
         fewer = f"{dense.nonzero / chosen.nonzero:.2f}{TIMES}"
         text += f" with {fewer} fewer non-zeros than the dense model"
-    against = reference(rows)
+    against = next((other for row, other in opponents(rows) if row is chosen), None)
     if against is not None and column in against.values:
-        word = compare(chosen, against, column).word
+        word = compare(chosen, against, column, run.predictions).word
         theirs = _score(against, column)
         told = {
             "within noise": f"within noise of {against.name} ({theirs})",
@@ -106,10 +104,23 @@ def _lead(rows: Sequence[System]) -> str:
     return text + ("." if few >= FEW_EXAMPLES else f"; only {few} examples were scored.")
 
 
+def _chosen(rows: Sequence[System]) -> System | None:
+    """Choose the system that the page is about: the best sub-network, or what did best trained."""
+    results = [row for row in contenders(rows) if row.trained]
+    if not results:
+        return None
+    if not results[0].baseline:
+        return next((row for row in results if row.name == "best"), results[-1])
+    column = results[0].first[0]
+    sign = 1 if column.higher_is_better else -1
+    scored = [row for row in results if column in row.values]
+    return max(scored, key=lambda row: sign * row.values[column].score)
+
+
 def _score(row: System, column: Column) -> str:
     unit = " %" if column.percent else ""
     number = f"{column.full_text(row.values[column])}{unit}".replace(" ", NBSP)
-    return f"{number} {column.metric}"
+    return f"{number} {column.title}"
 
 
 def results(run: RunData, rows: Sequence[System]) -> str:
@@ -118,32 +129,40 @@ def results(run: RunData, rows: Sequence[System]) -> str:
         return ""
     table = main_table(run.metrics)
     head = "".join(_head(header) for header in table.headers)
-    bodies = ""
-    for baseline, words in ((True, "baselines"), (False, "results")):
-        lines = [row for row in table.rows if row[1] == baseline]
-        if not lines:
-            continue
-        label = "Baselines" if baseline else "Sub-networks of the super-network"
-        body = f'<tr class="group"><th colspan="{len(table.headers) + 1}">{label}</th></tr>'
-        for name, _, cells in lines:
-            body += f'<tr><th scope="row">{escape(name)}</th>{"".join(map(_cell, cells))}</tr>'
-        bodies += f'<tbody class="{words}">{body}</tbody>'
+    bodies = "".join(_group(table, baseline) for baseline in (True, False))
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
     markup = (
         '<div class="scroll"><table class="main"><thead><tr><th scope="col">system</th>'
         f"{head}</tr></thead>{bodies}</table></div>"
-        '<p class="note">± is one standard error. Bold: best sub-network of the column.</p>'
-        f'{_verdicts(rows)}<p class="note">{_remark(run)}</p>'
+        f'<p class="note">± is one standard error. Bold: {table.bold} of the column.</p>{notes}'
+        f'{_verdicts(run, rows)}<p class="note">{_remark(run)}</p>'
     )
     return section("Results", markup + figure_grid(figures.score_scatters(rows)))
+
+
+def _group(table: MainTable, baseline: bool) -> str:
+    """Write the baselines or the results; without a heading where there are no others."""
+    lines = [row for row in table.rows if row[1] == baseline]
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(map(_cell, cells))}</tr>'
+        for name, _, cells in lines
+    )
+    if any(row[1] for row in table.rows) and lines:
+        label = "Baselines" if baseline else "Sub-networks of the super-network"
+        width = len(table.headers) + 1
+        body = f'<tr class="group"><th colspan="{width}">{label}</th></tr>{body}'
+    return f'<tbody class="{"baselines" if baseline else "results"}">{body}</tbody>' * bool(lines)
 
 
 def _remark(run: RunData) -> str:
     tokens = _find(run.recipe or {}, "macs_length")
     length = f" of a forward pass over {escape(str(tokens))} tokens" if tokens else ""
+    macs = f"MACs are the multiply-accumulates{length}, not FLOPs."
+    if (run.recipe or {}).get("method") == "finetune" and not run.sparsity:
+        return macs
     return (
         "Unstructured zeros save storage; they are not a speed-up on common runtimes. Latency "
-        "appears only where it was measured, never inferred from sparsity. "
-        f"MACs are the multiply-accumulates{length}, not FLOPs."
+        f"appears only where it was measured, never inferred from sparsity. {macs}"
     )
 
 
@@ -159,15 +178,22 @@ def _cell(cell: Cell) -> str:
     return f"<td>{text}{f' <small>± {escape(cell.error)}</small>' if cell.error else ''}</td>"
 
 
-def _verdicts(rows: Sequence[System]) -> str:
-    found = verdicts(rows)
-    if not any(not row.baseline for row in rows):
-        return ""
+def _verdicts(run: RunData, rows: Sequence[System]) -> str:
+    found = verdicts(rows, run.predictions)
     if not found:
+        if all(row.baseline for row in rows):
+            return ""
         return (
             '<p class="note">No baseline with plain LoRA on these tasks: whether the search for '
             "ranks helps cannot be told from this run.</p>"
         )
+    names = list(dict.fromkeys(verdict.reference for verdict in found))
+    tables = (_verdict_table([v for v in found if v.reference == name]) for name in names)
+    return "".join(tables) + f'<p class="note">{_how_compared(found)}</p>'
+
+
+def _verdict_table(found: Sequence[Verdict]) -> str:
+    """Write what became of the systems compared with one reference."""
     compared = list(dict.fromkeys(verdict.column for verdict in found))
     head = "".join(f'<th scope="col">{_comparison(column)}</th>' for column in compared)
     cells = {(verdict.name, verdict.column): _verdict(verdict) for verdict in found}
@@ -177,30 +203,63 @@ def _verdicts(rows: Sequence[System]) -> str:
         + "</tr>"
         for name in dict.fromkeys(verdict.name for verdict in found)
     )
-    few = min(verdict.n for verdict in found)
-    note = "Difference ± twice its standard error, which it must exceed to count."
-    if few < FEW_EXAMPLES:
-        note += f" With as few as {few} scored examples such a test means little."
     return (
         f"<h3>Different from {escape(found[0].reference)} beyond noise?</h3>"
         f'<div class="scroll"><table class="verdicts"><thead><tr><th></th>{head}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div><p class="note">{note}</p>'
+        f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _how_compared(found: Sequence[Verdict]) -> str:
+    """Explain the verdicts, and warn of what they do not tell."""
+    notes = []
+    paired = [verdict.paired for verdict in found if verdict.paired is not None]
+    if paired:
+        tests = ", ".join(dict.fromkeys(comparison.test for comparison in paired))
+        notes.append(
+            f"Paired: on the same examples; difference, {paired[0].confidence:.0%} interval, "
+            f"two-sided p ({tests})."
+        )
+    if len(paired) < len(found):
+        notes.append("Unpaired: difference ± twice its standard error, which it must exceed.")
+    if len(found) > 1:
+        notes.append(
+            f"{len(found)} comparisons, not corrected for their number: one in twenty is found "
+            "where there is no difference."
+        )
+    few = min(verdict.n for verdict in found)
+    if few < FEW_EXAMPLES:
+        notes.append(f"With as few as {few} scored examples such a test means little.")
+    return " ".join(notes)
 
 
 def _comparison(column: Column) -> str:
     name = "average" if column == AVERAGE else column.task
-    unit = f"{column.metric}, points" if column.percent else column.metric
+    unit = f"{column.title}, points" if column.percent else column.title
     return f"{escape(name)}<small>{escape(unit)}</small>"
 
 
 def _verdict(verdict: Verdict) -> str:
-    percent, noise = verdict.column.percent, verdict.noise
+    column, noise, paired = verdict.column, verdict.noise, verdict.paired
+    style = verdict.word.replace("within ", "")
+    word = f'<span class="{style}">{verdict.word}</span>'
+    if paired is not None:
+        size = max(abs(paired.low), abs(paired.high))
+        gap, low, high = (
+            column.difference(number, size)
+            for number in (verdict.difference, paired.low, paired.high)
+        )
+        facts = f"{gap} [{low}, {high}]"
+        return (
+            f"<td>{word} <small>{facts}</small>"
+            f'<small class="how">paired, n = {verdict.n:,}, {escape(p_text(paired.p))}</small></td>'
+        )
     # Both numbers with the digits of the larger one.
     size = max(abs(verdict.difference), noise or 0) * 10
-    gap = signed(verdict.difference, percent=percent, beside=size)
+    gap = column.difference(verdict.difference, size)
     if noise is None:
         return f"<td>unknown <small>{gap}, no standard error</small></td>"
-    style = verdict.word.replace("within ", "")
-    spread = score_text(noise, percent=percent, beside=size)
-    return f'<td><span class="{style}">{verdict.word}</span> <small>{gap} ± {spread}</small></td>'
+    return (
+        f"<td>{word} <small>{gap} ± {column.number(noise, size)}</small>"
+        '<small class="how">unpaired</small></td>'
+    )

@@ -90,13 +90,20 @@ def scatter_chart(
     y_label: str,
     title: str,
     front: Sequence[tuple[float, float]] = (),
+    line: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Draw points with error bars, labels that keep clear of each other, and a staircase front."""
+    """Draw points with error bars, labels that keep clear of each other, and a staircase front.
+
+    ``line`` is drawn straight through its points, behind the others.
+    """
     marks = [mark for mark in marks if math.isfinite(mark.x) and math.isfinite(mark.y)]
     spread = [mark.y + sign * (mark.error or 0) for mark in marks for sign in (-1, 1)]
     x_range = padded([mark.x for mark in marks], 0.1)
     frame = Frame.around(x_range, padded(spread), (x_label, y_label))
     parts = [frame.markup()]
+    if line:
+        straight = path([(frame.x(x), frame.y(y)) for x, y in line])
+        parts.append(tag("polyline", class_="leader straight", points=straight))
     corners: list[tuple[float, float]] = []
     for x, y in front:
         if corners:

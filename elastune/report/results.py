@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ RESULTS = ("largest", "heuristic", "smallest", "best")
 ORDER = BASELINES + RESULTS
 REFERENCES = ("sparse+lora", "dense+lora", "lora")  # what a sub-network must beat, first found
 # Words in the names of metrics not in METRICS (lm-eval's) of which less is better.
-LOWER_IS_BETTER = ("perplexity", "loss", "nll", "bits_per_byte", "brier", "wer", "ter")
+LOWER_IS_BETTER = frozenset({"perplexity", "loss", "nll", "bits", "brier", "wer", "ter"})
 HARNESS = "lm-eval:"
 FEW_EXAMPLES = 30  # below this the normal approximation of a proportion means little
 
@@ -57,7 +58,7 @@ class Column:
         """Whether a larger value is the better one."""
         if self.known is not None:
             return self.known.higher_is_better
-        return not any(word in self.metric.lower() for word in LOWER_IS_BETTER)
+        return not LOWER_IS_BETTER & set(re.split("[^a-z]+", self.metric.lower()))
 
     def number(self, score: float, beside: float | None = None) -> str:
         """Format a number in this column's unit; ``beside`` sets the digits."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import yaml
 
@@ -16,7 +14,6 @@ from elastune.report.markup import figure_grid, section
 from elastune.report.quantities import one_line
 from elastune.report.results import System
 
-MOST_SHOWN = 3  # right and as many wrong answers per file
 HEADS = {
     "ForCausalLM": "AutoModelForCausalLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
@@ -40,52 +37,6 @@ def training(run: RunData) -> str:
 def sparsity(run: RunData) -> str:
     """Write the sparsity of the base, layer by layer."""
     return section("Base model", figure_grid([maps.sparsity_map(run)]))
-
-
-def predictions(run: RunData) -> str:
-    """Write a few right and wrong answers of every scored system, folded away."""
-    rank = {"best": 0, "heuristic": 1, "largest": 2, "smallest": 3}
-    files = sorted(run.predictions.items(), key=lambda item: (rank.get(item[0][0], 9), item[0]))
-    rows = (run.metrics or {}).get("rows", ())
-    tasks = {re.sub("[:/]", "_", row["task"]): row["task"] for row in rows}  # as files spell them
-    return section(
-        "Predictions",
-        "".join(_answers(name, tasks.get(task, task), rows) for (name, task), rows in files),
-    )
-
-
-def _answers(name: str, task: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    right = [row for row in rows if row["correct"]]
-    wrong = [row for row in rows if not row["correct"]]
-    shown = wrong[:MOST_SHOWN] + right[:MOST_SHOWN]
-    head = f"{name} on {task}: {len(right):,} right of {len(rows):,}"
-    body = "".join(_answer(row) for row in shown)
-    note = f"The first {MOST_SHOWN} wrong and the first {MOST_SHOWN} right answers."
-    return f'<details><summary>{escape(head)}</summary><p class="note">{note}</p>{body}</details>'
-
-
-def _answer(row: Mapping[str, Any]) -> str:
-    correct = bool(row["correct"])
-    word, style = ("right", "better") if correct else ("wrong", "worse")
-    read = row.get("extracted")
-    gold = f"{row.get('gold')} (read from the answer: {'nothing' if read is None else read})"
-    parts = (
-        ("prompt", _clip(row["prompt"], 500, tail=True)),
-        ("generated", _clip(row["text"], 800)),
-        ("gold", _clip(gold, 300)),
-    )
-    body = "".join(
-        f'<dt>{name}</dt><dd><pre class="wrap">{escape(text)}</pre></dd>' for name, text in parts
-    )
-    verdict = f'<dt>verdict</dt><dd><span class="{style}">{word}</span></dd>'
-    return f'<dl class="prediction">{body}{verdict}</dl>'
-
-
-def _clip(text: str, limit: int, *, tail: bool = False) -> str:
-    text = text.strip("\n")
-    if len(text) <= limit:
-        return text
-    return f"… {text[-limit:]}" if tail else f"{text[:limit]} …"
 
 
 def loading(run: RunData) -> str:

@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from elastune.report.layers import by_role
-from elastune.report.quantities import DASH, TIMES, count_texts
+from elastune.report.quantities import DASH, SUPERSCRIPT, TIMES, count_texts
 from elastune.report.results import (
     AVERAGE,
     Column,
     System,
     best_names,
     columns,
+    footnotes,
     systems,
     with_average,
 )
@@ -54,10 +55,20 @@ class Header:
 
 @dataclass(frozen=True)
 class MainTable:
-    """Headers, and per system a name, whether it is a baseline, and its cells."""
+    """Headers, and per system a name, whether it is a baseline beside results, and its cells.
+
+    ``notes`` are footnotes of tasks, with the mark that their headers bear.
+    """
 
     headers: tuple[Header, ...]
     rows: tuple[tuple[str, bool, tuple[Cell, ...]], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bold(self) -> str:
+        """What bold means here."""
+        some = any(baseline for _, baseline, _ in self.rows)
+        return "best sub-network" if some else "best system"
 
 
 def main_table(metrics: Mapping[str, Any]) -> MainTable:
@@ -68,16 +79,25 @@ def main_table(metrics: Mapping[str, Any]) -> MainTable:
     """
     rows = with_average(systems(metrics))
     scores = sorted(columns(rows), key=lambda column: column == AVERAGE)
-    made = [_score_column(rows, column) for column in scores] + _cost_columns(rows)
-    headers = tuple(header for header, _ in made)
+    noted = footnotes(metrics)
+    texts = list(dict.fromkeys(noted.values()))
+    marks = {task: _mark(texts.index(text)) for task, text in noted.items()}
+    made = [_score_column(rows, column, marks.get(column.task, "")) for column in scores]
+    made += _cost_columns(rows)
+    beside = any(not row.baseline for row in rows)
     body = (
-        (row.name, row.baseline, tuple(cells[place] for _, cells in made))
+        (row.name, row.baseline and beside, tuple(cells[place] for _, cells in made))
         for place, row in enumerate(rows)
     )
-    return MainTable(headers, tuple(body))
+    notes = tuple(f"{_mark(place)} {text}" for place, text in enumerate(texts))
+    return MainTable(tuple(header for header, _ in made), tuple(body), notes)
 
 
-def _score_column(rows: Sequence[System], column: Column) -> tuple[Header, list[Cell]]:
+def _mark(place: int) -> str:
+    return str(place + 1).translate(SUPERSCRIPT)
+
+
+def _score_column(rows: Sequence[System], column: Column, mark: str) -> tuple[Header, list[Cell]]:
     best = best_names(rows, column)
     cells = []
     for row in rows:
@@ -86,24 +106,24 @@ def _score_column(rows: Sequence[System], column: Column) -> tuple[Header, list[
             cells.append(Cell(DASH))
             continue
         cells.append(Cell(column.text(value), column.error_text(value), row.name in best))
-    return _score_header(rows, column), cells
+    return _score_header(rows, column, mark), cells
 
 
-def _score_header(rows: Sequence[System], column: Column) -> Header:
+def _score_header(rows: Sequence[System], column: Column, mark: str) -> Header:
     arrow = "↑" if column.higher_is_better else "↓"
-    note = f"{column.metric}{' %' if column.percent else ''} {arrow}"
+    note = f"{column.title}{' %' if column.percent else ''} {arrow}"
     if column == AVERAGE:
         return Header(column.task, note)
     counts = sorted({row.values[column].n for row in rows if column in row.values})
     n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}{DASH}{counts[-1]:,}"
-    return Header(column.task, note, f"n = {n}")
+    return Header(f"{column.task}{mark}", note, f"n = {n}")
 
 
 def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
     made = [_count_column(rows, "params", "params")]
     made.append(_count_column(rows, "non-zeros", "nonzero"))
     dense = next((row for row in rows if row.name == "dense"), None)
-    if dense is not None:
+    if dense is not None and any(row.nonzero < dense.nonzero for row in rows):
         fewer = [Cell(f"{dense.nonzero / row.nonzero:.2f}{TIMES}") for row in rows if row.nonzero]
         if len(fewer) == len(rows):
             made.append((Header("fewer", "vs dense"), fewer))
@@ -129,7 +149,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """
     main = main_table(metrics)
     table = Table(
-        caption="± is one standard error; bold: best sub-network", box=SIMPLE_HEAD, pad_edge=False
+        caption="\n".join([f"± is one standard error; bold: {main.bold}", *main.notes]),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("system", no_wrap=True)
     for header in main.headers:
@@ -155,6 +177,8 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
     for name, baseline, cells in main.rows:
         texts = [f"**{cell.full}**" if cell.best else cell.full for cell in cells]
         lines.append(_markdown_row([f"{name} (baseline)" if baseline else name, *texts]))
+    if main.notes:
+        lines += ["", *(f"{note}  " for note in main.notes)]
     return "\n".join(lines) + "\n"
 
 

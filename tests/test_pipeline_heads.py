@@ -1,0 +1,58 @@
+"""The whole of Shears on a classification task: what every later method relies on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from test_finetune import classifier, save_labelled
+from tiny_llama import tiny_tokenizer
+from tiny_run import save_recipe, start_cli
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_extracted_classifier_gives_the_reported_predictions_in_plain_peft(
+    family: str, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    classifier(family, tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = save_labelled(tmp_path / "data")
+    recipe: dict[str, Any] = {
+        "model": str(tmp_path / "model"),
+        "task": {
+            "name": f"classification:{data / 'train.jsonl'}",
+            "options": {"report": str(data / "report.jsonl")},
+        },
+        "data": {"n_validation": 8},
+        "sparsify": {"calibration": {"n_sequences": 4, "length": 16}},
+        "adapter": {"ranks": [8, 4, 2], "alpha": 16},
+        "train": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-2},
+        "search": {"trials": 4, "objective": "score"},
+        "evaluate": {"macs_length": 16},
+        "baselines": ["sparse", "sparse+lora", "sparse+full"],
+    }
+    out = tmp_path / "run"
+    process = start_cli("run", save_recipe(tmp_path / "r.yaml", recipe), "--out", out, "--json")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    names = [row["name"] for row in json.loads(stdout)["rows"]]
+    assert names == [*recipe["baselines"], "largest", "heuristic", "smallest", "best"]
+
+    loaded_tokenizer = AutoTokenizer.from_pretrained(out / "base")
+    for name in ("heuristic", "smallest"):
+        base = AutoModelForSequenceClassification.from_pretrained(out / "base")
+        model = PeftModel.from_pretrained(base, out / "subnets" / name).eval()
+        lines = (out / "predictions" / f"{name}.train.jsonl.jsonl").read_text().splitlines()
+        assert len(lines) == 12
+        for record in map(json.loads, lines):
+            inputs = loaded_tokenizer(record["text"], return_tensors="pt")
+            with torch.no_grad():
+                logits = model(**inputs).logits[0]
+            torch.testing.assert_close(logits, torch.tensor(record["logits"]), rtol=1e-3, atol=1e-3)
