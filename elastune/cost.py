@@ -77,9 +77,10 @@ class CostModel:
 
 
 def _linear_macs(model: PreTrainedModel, tokens: int) -> int:
-    return tokens * sum(
-        module.in_features * module.out_features
-        for module in model.modules()
+    once = tuple(f"{name}." for name in architecture(model).once_names(model))
+    return sum(
+        (1 if f"{name}.".startswith(once) else tokens) * module.in_features * module.out_features
+        for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
     )
 

@@ -35,9 +35,10 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         stage: sparsify, train, search, or the name of a baseline.
         sources: what `source_hashes` returned.
     """
+    task = recipe.task.model_copy(update={"limit": None})  # of the report alone
     # The task decides the head; a head that the checkpoint lacks is drawn by the seed.
-    model = [recipe.model, recipe.dtype, recipe.seed, recipe.task, sources.get("model")]
-    data: list[Any] = [recipe.task, recipe.data, recipe.seed, sources.get("task")]
+    model = [recipe.model, recipe.dtype, recipe.seed, task, sources.get("model")]
+    data: list[Any] = [task, recipe.data, recipe.seed, sources.get("task")]
     base: list[Any] = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
     if recipe.sparsify.calibration.source == "task":
         base += data
@@ -79,7 +80,7 @@ def source_hashes(recipe: Recipe, recorded: Mapping[str, str]) -> dict[str, str]
     for key, names in named.items():
         paths = [path for name in names if (path := _local(name, recipe.data.dir)) is not None]
         if paths:
-            found[key] = fingerprint([_content_hash(path) for path in paths])
+            found[key] = fingerprint([content_hash(path) for path in paths])
         elif key in recorded:
             found[key] = recorded[key]
     return found
@@ -94,10 +95,10 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
-def _content_hash(path: Path) -> str:
-    """Hash files up to 4 MiB whole; of larger ones the size and 64 evenly spaced pieces.
+def content_hash(path: Path) -> str:
+    """Hash a file, or the files of a folder (not of folders in it).
 
-    Training moves every weight a little, so pieces tell two checkpoints apart.
+    Files up to 4 MiB whole; of larger ones the size and 64 evenly spaced pieces. Training moves every weight a little, so pieces tell two checkpoints apart.
     """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _counts(p))

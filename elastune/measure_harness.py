@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from elastune.errors import UnsupportedModel
 from elastune.harness import harness_scores, harness_tasks
+from elastune.inputs import content_hash
 from elastune.measure import Measurement, score_row
 from elastune.run import Run
 
@@ -63,6 +64,7 @@ def harness_measurements(
                 )
             return score_row(result)
 
-        options = {"lm_eval": spec, **settings}
+        own = None if include_path is None else content_hash(include_path)
+        options = {"lm_eval": spec, **settings, "files": own}
         found.append(Measurement(f"lm-eval:{name}", options, score))
     return found

@@ -10,7 +10,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCAB, tiny_model, tiny_net
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
 
 from elastune.cost import CostModel, model_cost, prefill_latency_ms
 from elastune.extract import extract
@@ -19,6 +24,7 @@ from elastune.sparsify import Sparsity, sparsify_
 from elastune.supernet import SuperNetwork
 
 TOKENS = 24
+HEADS = (AutoModel, AutoModelForQuestionAnswering, AutoModelForSequenceClassification)
 
 
 def counted_macs(model: Any) -> int:
@@ -65,9 +71,10 @@ def test_macs_of_decoders_are_those_that_torch_counts(family: str, changes: dict
     assert model_cost(model, TOKENS).macs == counted_macs(model)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_macs_of_encoders_are_those_that_torch_counts(family: str) -> None:
-    auto = AutoModelForQuestionAnswering  # its head reads every token
+@pytest.mark.parametrize("auto", HEADS)
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_macs_of_encoders_are_those_that_torch_counts(family: str, auto: Any) -> None:
+    # A classifier, and the pooler below it, read one token, and a reader's head every token.
     model = tiny_model(family, auto=auto, attn_implementation="eager")
     assert model_cost(model, TOKENS).macs == counted_macs(model)
 

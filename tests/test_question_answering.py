@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerFast
 
 from elastune.errors import BadData, BadRecipe
 from elastune.heads.question_answering import QuestionAnswering, windows
+from elastune.models import load_model
 from elastune.predict.question_answering import best_threshold, predict_spans
 from elastune.tasks.base import QuestionAnsweringExample
 
@@ -423,3 +425,26 @@ def test_best_threshold_needs_unanswerable_questions():
         best_threshold([{"gold": ["x"], "prediction": "x"}])
     with pytest.raises(BadData, match="no_answer_score"):
         best_threshold([])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_a_language_model_gets_a_reading_head_over_its_own_weights(
+    family: str, tmp_path: Path
+) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(family, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reader, _ = load_model(tmp_path, head="question-answering")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected = model.base_model(input_ids=ids).last_hidden_state
+        given = reader.base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(given, expected)
+    reader.save_pretrained(tmp_path / "reader")
+    tokenizer.save_pretrained(tmp_path / "reader")
+    again, _ = load_model(tmp_path / "reader", head="question-answering")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(input_ids=ids).start_logits, reader(input_ids=ids).start_logits
+        )

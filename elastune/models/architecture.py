@@ -103,6 +103,19 @@ class Architecture:
         pooler = f"{_prefix(model)}pooler"
         return [pooler, *names] if getattr(base, "pooler", None) is not None else names
 
+    def once_names(self, model: nn.Module) -> list[str]:
+        """Return the modules of the head that see one position of a sequence, not all of them.
+
+        An encoder's pooler and classifier read the first token alone; a decoder's classifier is
+        computed everywhere and one of its outputs taken.
+        """
+        if self.kind == "decoder":
+            return []
+        names = self.head_names(model)
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            return names
+        return [name for name in names if name.endswith("pooler")]
+
     def check(self, model: nn.Module) -> None:
         """Raise UnsupportedModel unless every path of this record leads to a module."""
         blocks = self.blocks_of(model)

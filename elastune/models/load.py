@@ -150,6 +150,7 @@ def _weights(source: str, head: Head, config: PreTrainedConfig, **options: Any) 
         model, found = _AUTO[head].from_pretrained(
             source,
             config=config,
+            key_mapping=_renamed(head, config),
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # judged below, where a new head is told from damage
             output_loading_info=True,
@@ -166,6 +167,16 @@ def _weights(source: str, head: Head, config: PreTrainedConfig, **options: Any) 
         ) from error
     _check_complete(source, model, head, found)
     return model
+
+
+def _renamed(head: Head, config: PreTrainedConfig) -> dict[str, str] | None:
+    """Return how a language model's weights are called below this head, if not as they are."""
+    if head != "question-answering" or record_for(config.model_type).kind == "encoder":
+        return None
+    with torch.device("meta"):
+        prefix = _AUTO[head].from_config(config).base_model_prefix
+    # transformers calls Llama's base "transformer" here, and "model" with every other head.
+    return None if prefix == "model" else {r"^model\.": f"{prefix}."}
 
 
 def _check_complete(source: str, model: PreTrainedModel, head: Head, found: dict[str, Any]) -> None:

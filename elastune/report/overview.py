@@ -15,6 +15,7 @@ from elastune.report.results import (
     FEW_EXAMPLES,
     Column,
     System,
+    averaged,
     contenders,
 )
 from elastune.report.tables import Cell, Header, MainTable, main_table
@@ -82,7 +83,8 @@ def _lead(run: RunData, rows: Sequence[System]) -> str:
     chosen = _chosen(rows)
     if chosen is None:
         return ""
-    column = AVERAGE if AVERAGE in chosen.values else chosen.first[0]
+    most = 2 * len(averaged(rows)) > len(chosen.first)
+    column = AVERAGE if AVERAGE in chosen.values and most else chosen.first[0]
     on = "on average" if column == AVERAGE else f"on {column.task}"
     kind = "the best sub-network found" if chosen.name == "best" else f"sub-network {chosen.name}"
     kind = chosen.name if chosen.baseline else f"{kind[0].upper()}{kind[1:]}"
@@ -193,15 +195,15 @@ def _verdicts(run: RunData, rows: Sequence[System]) -> str:
 
 
 def _verdict_table(found: Sequence[Verdict]) -> str:
-    """Write what became of the systems compared with one reference."""
-    compared = list(dict.fromkeys(verdict.column for verdict in found))
-    head = "".join(f'<th scope="col">{_comparison(column)}</th>' for column in compared)
-    cells = {(verdict.name, verdict.column): _verdict(verdict) for verdict in found}
+    """Write what became of the systems compared with one reference, a line for each task."""
+    names = list(dict.fromkeys(verdict.name for verdict in found))
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    cells = {(verdict.column, verdict.name): _verdict(verdict) for verdict in found}
     body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(cells.get((name, column), "<td></td>") for column in compared)
+        f'<tr><th scope="row">{_comparison(column)}</th>'
+        + "".join(cells.get((column, name), "<td></td>") for name in names)
         + "</tr>"
-        for name in dict.fromkeys(verdict.name for verdict in found)
+        for column in dict.fromkeys(verdict.column for verdict in found)
     )
     return (
         f"<h3>Different from {escape(found[0].reference)} beyond noise?</h3>"

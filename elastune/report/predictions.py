@@ -223,14 +223,19 @@ def _regression(rows: Sequence[Row], shown: int) -> tuple[str, str]:
 def _regression_scatter(rows: Sequence[Row]) -> Figure:
     every = math.ceil(len(rows) / MOST_POINTS)
     marks = [
-        Mark(row["gold"], row["prediction"], f"{row['prediction']:.2f}, gold {row['gold']:.2f}",
-             "dot small trial")
+        Mark(
+            row["gold"],
+            row["prediction"],
+            f"{row['prediction']:.2f}, gold {row['gold']:.2f}",
+            "dot small trial",
+        )
         for row in rows[::every]
-    ]  # fmt: skip
+    ]
     golds = [row["gold"] for row in rows]
     ends = [(end, end) for end in (min(golds), max(golds))]
-    svg = scatter_chart(marks, x_label="gold", y_label="answer", title="answer against gold",
-                        line=ends)  # fmt: skip
+    svg = scatter_chart(
+        marks, x_label="gold", y_label="answer", title="answer against gold", line=ends
+    )
     note = f"One in {every} answers. " if every > 1 else ""
     return Figure("Answer against gold", svg, f"{note}Line: equal.")
 

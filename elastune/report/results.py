@@ -41,7 +41,7 @@ class Column:
     @property
     def title(self) -> str:
         """The metric's name in words."""
-        return self.metric.replace("_", " ")
+        return self.metric.replace("_", " ").replace("f1", "F1")
 
     @property
     def percent(self) -> bool:
@@ -190,14 +190,19 @@ def with_average(rows: Sequence[System]) -> list[System]:
     standard error takes the tasks as independent: ``sqrt(sum(se_i^2)) / k``. Tasks of lm-eval are
     left out: they may be the run's own tasks, worded otherwise.
     """
-    tasks = [
-        column
-        for column in first_columns(rows)
-        if column.metric == "accuracy" and not column.task.startswith(HARNESS)
-    ]
+    tasks = averaged(rows)
     if len(tasks) < 2:
         return list(rows)
     return [_add_average(row, tasks) for row in rows]
+
+
+def averaged(rows: Sequence[System]) -> list[Column]:
+    """List the columns that the average is over."""
+    return [
+        column
+        for column in first_columns(rows)
+        if column.metric == "accuracy" and column != AVERAGE and not column.task.startswith(HARNESS)
+    ]
 
 
 def _add_average(row: System, tasks: Sequence[Column]) -> System:
@@ -230,4 +235,5 @@ def best_names(rows: Sequence[System], column: Column) -> set[str]:
         return set()
     top = max(scores.values()) if column.higher_is_better else min(scores.values())
     names = {name for name, score in scores.items() if score == top}
-    return names if len(names) < len(scores) or len(scores) == 1 else set()
+    alone = len(scores) == 1 and any(not row.baseline for row in rows)
+    return names if len(names) < len(scores) or alone else set()

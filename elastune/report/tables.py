@@ -16,6 +16,7 @@ from elastune.report.results import (
     AVERAGE,
     Column,
     System,
+    averaged,
     best_names,
     columns,
     footnotes,
@@ -113,7 +114,7 @@ def _score_header(rows: Sequence[System], column: Column, mark: str) -> Header:
     arrow = "↑" if column.higher_is_better else "↓"
     note = f"{column.title}{' %' if column.percent else ''} {arrow}"
     if column == AVERAGE:
-        return Header(column.task, note)
+        return Header(column.task, note, f"{len(averaged(rows))} tasks")
     counts = sorted({row.values[column].n for row in rows if column in row.values})
     n = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,}{DASH}{counts[-1]:,}"
     return Header(f"{column.task}{mark}", note, f"n = {n}")
