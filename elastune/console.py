@@ -46,23 +46,35 @@ class ConsoleReporter(Reporter):
             _Facts(),
             console=self.console,
             expand=True,
-            # Runs take minutes: a rate over the last few seconds would jump about.
-            speed_estimate_period=300,
         )
         if len(title) > _TITLE_WIDTH:
             title = title[: _TITLE_WIDTH - 1] + "…"
         with progress:
-            task = progress.add_task(title, total=1, unit=unit, note="")
+            task = progress.add_task(title, total=1, unit=unit, note="", begun=None)
 
             def show(done: float, total: float, note: str = "") -> None:
-                progress.update(task, completed=done, total=total, note=note)
+                # What a run that was killed had done counts as done, not as fast.
+                begun = progress.tasks[task].fields["begun"]
+                begun = done if begun is None else begun
+                progress.update(task, completed=done, total=total, note=note, begun=begun)
 
             yield show
 
 
+def _speed(task: Task) -> float:
+    """Return units a second since the start; 0 while unknown.
+
+    Batches finish many units at once, so a rate over the last few seconds would jump about.
+    """
+    elapsed = task.finished_time if task.finished else task.elapsed
+    begun = task.fields["begun"] or 0
+    done = task.completed - (begun if begun < task.completed else 0)
+    return done / elapsed if elapsed else 0.0
+
+
 def _rate(task: Task) -> str:
     """Return units a second, or seconds a unit where that reads better."""
-    speed = task.finished_speed or task.speed
+    speed = _speed(task)
     unit = str(task.fields["unit"])
     if not speed:
         return ""
@@ -75,7 +87,9 @@ def _clock(task: Task) -> str:
     """Return the time left, and in the end the time spent."""
     if task.finished:
         return f"in {_minutes(task.finished_time or 0)}"
-    return f"left {'-:--' if task.time_remaining is None else _minutes(task.time_remaining)}"
+    speed = _speed(task)
+    left = _minutes(((task.total or 0) - task.completed) / speed) if speed else "-:--"
+    return f"left {left}"
 
 
 def _minutes(seconds: float) -> str:

@@ -56,7 +56,7 @@ def evaluate(
     plan = PREDICTORS[task.kind](
         model, tokenizer, task, examples, batch_tokens=batch_tokens, done=kept.records.keys()
     )
-    if progress is not None and kept.records:
+    if progress is not None:
         progress(len(kept.records), plan.total)
     with kept.open():
         for record in plan.records:

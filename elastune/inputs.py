@@ -98,7 +98,8 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
 def content_hash(path: Path) -> str:
     """Hash a file, or the files of a folder (not of folders in it).
 
-    Files up to 4 MiB whole; of larger ones the size and 64 evenly spaced pieces. Training moves every weight a little, so pieces tell two checkpoints apart.
+    Files up to 4 MiB are read whole; of larger ones the size and 64 evenly spaced pieces. Training
+    moves every weight a little, so pieces tell two checkpoints apart.
     """
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if _counts(p))
