@@ -6,6 +6,8 @@ Systems take turns, so that ratios hold when the machine's speed drifts; figures
   length, in left-padded batches of as many rows; once stopping at the end-of-sequence token alone,
   once given the task's own stop (checked every step by `stopping_criteria`). The same answers are
   extracted from all texts. A text of ours must be what plain `generate` writes up to its stop.
+  Twice: zero-shot, and after solved problems (few-shot), which all prompts begin with. An untuned
+  model goes on long after its answer or gives none; `--adapter` measures a tuned one.
 - choices: `elastune.predict` against lm-evaluation-harness' HFLM on the same model, real questions
   of HellaSwag and PIQA, tokenising included; HFLM with the batch size that it is fastest with.
 
@@ -20,10 +22,12 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from data_folder import add_data_option
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -43,7 +47,11 @@ def main() -> None:
     args = _arguments()
     console = Console()
     model, tokenizer = load_model(args.model)
-    figures = _generation(args, model, tokenizer, console)
+    if args.adapter:
+        model = PeftModel.from_pretrained(model, str(args.adapter)).merge_and_unload().eval()
+    figures = _generation(args, model, tokenizer, console, shots=0)
+    few = _generation(args, model, tokenizer, console, shots=args.shots)
+    figures |= {f"few_shot_{name}": value for name, value in few.items()}
     figures |= _choices(args, model, tokenizer, console)
     print(json.dumps({"benchmark": "evaluate", "figures": figures}))
 
@@ -52,15 +60,18 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_option(parser)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--adapter", type=Path, help="PEFT adapter on the model: a tuned one")
+    parser.add_argument("--shots", type=int, default=3, help="solved problems before a prompt")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--questions", type=int, default=40, help="of each task")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="16 prompts, 8 questions a task")
     args = parser.parse_args()
     if args.quick:
-        args.prompts, args.max_new_tokens, args.batch_size, args.questions = 16, 96, 16, 8
+        args.prompts, args.batch_size, args.max_new_tokens = 16, 8, 128
+        args.questions, args.rounds = 8, 2
     return args
 
 
@@ -99,11 +110,14 @@ def _seconds(rows: Sequence[tuple[float, float]]) -> list[str]:
 
 
 def _generation(
-    args: argparse.Namespace, model: Any, tokenizer: Any, console: Console
+    args: argparse.Namespace, model: Any, tokenizer: Any, console: Console, shots: int
 ) -> dict[str, Any]:
     name = "gsm8k" if args.data else "reasoning_gym:gsm_symbolic"
-    task = get_task(name, data_dir=args.data, tokenizer=tokenizer, template="alpaca")
-    prompts = [example.prompt for example in task.report_examples()[: args.prompts]]
+    task = get_task(name, data_dir=args.data, template="qa" if shots else "alpaca")
+    solved = [example.prompt + example.completion for example in task.train_examples()[:shots]]
+    prompts = [
+        "\n\n".join([*solved, example.prompt]) for example in task.report_examples()[: args.prompts]
+    ]
     prompts.sort(key=len, reverse=True)
 
     def ours(batch_size: int = args.batch_size, **options: Any) -> list[str]:
@@ -132,7 +146,9 @@ def _generation(
     times, texts = _take_turns(systems, args.rounds)
     few = prompts[:: max(1, len(prompts) // 4)]
     alone = ours(1, prompts=few)
-    table = Table(title=f"{name}: {len(prompts)} prompts, {args.max_new_tokens} new tokens")
+    table = Table(
+        title=f"{name}, {shots} solved: {len(prompts)} prompts, {args.max_new_tokens} new tokens"
+    )
     for column in ("system", "median s", "min s", "max s", "CPU s", "tokens", "same answers"):
         table.add_column(column, justify="right")
     same = {}

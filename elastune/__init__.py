@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from elastune.errors import ElastuneError
     from elastune.evaluate import evaluate, mean_loss
     from elastune.extract import PeftAdapter, extract
+    from elastune.finetune import finetune
     from elastune.generate import generate
     from elastune.models import architecture, load_model, save_model
     from elastune.objective import make_objective
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from elastune.search import SearchResult, search
     from elastune.space import ElasticDim, SearchSpace, SubnetConfig
     from elastune.sparsify import Sparsity, sparsify_, sparsity_report
+    from elastune.statistics import compare
     from elastune.supernet import SuperNetwork
     from elastune.tasks import Example, Score, Task, get_task
     from elastune.train import load_trained, save_trained, train
@@ -41,6 +43,7 @@ _HOMES = {
     "errors": ("ElastuneError",),
     "evaluate": ("evaluate", "mean_loss"),
     "extract": ("PeftAdapter", "extract"),
+    "finetune": ("finetune",),
     "generate": ("generate",),
     "models": ("architecture", "load_model", "save_model"),
     "objective": ("make_objective",),
@@ -49,6 +52,7 @@ _HOMES = {
     "search": ("SearchResult", "search"),
     "space": ("ElasticDim", "SearchSpace", "SubnetConfig"),
     "sparsify": ("Sparsity", "sparsify_", "sparsity_report"),
+    "statistics": ("compare",),
     "supernet": ("SuperNetwork",),
     "tasks": ("Example", "Score", "Task", "get_task"),
     "train": ("load_trained", "save_trained", "train"),
@@ -77,9 +81,11 @@ __all__ = [
     "__version__",
     "architecture",
     "calibration_rows",
+    "compare",
     "encode_all",
     "evaluate",
     "extract",
+    "finetune",
     "generate",
     "get_task",
     "load_model",

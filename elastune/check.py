@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
-from elastune.errors import BadData, BadRecipe, UnsupportedModel, nearest
+from elastune.errors import BadData, BadRecipe, nearest
 from elastune.finetune import adapter_space
 from elastune.heads import HEADS
 from elastune.models import architecture
@@ -24,7 +24,6 @@ def check(run: Run) -> None:
     _check_tasks(run)
     model, _ = run.load_dense()
     adapter_space(model, run.recipe.adapter)
-    _check_head(run, model)
     _check_examples(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
         _check_sparsity(run, model)
@@ -62,16 +61,6 @@ def _check_tasks(run: Run) -> None:
 def _head_text(task: Task) -> str:
     labels = f" of {task.num_labels} labels" if task.num_labels else ""
     return f"a {task.head} head{labels}"
-
-
-def _check_head(run: Run, model: PreTrainedModel) -> None:
-    task = run.task_of(run.recipe.task)
-    if task.head == "causal-lm" and architecture(model).kind != "decoder":
-        raise UnsupportedModel(
-            f"task {run.recipe.task.name!r} is done by generating text, and {run.recipe.model!r} "
-            f"({model.config.model_type}) is an encoder",
-            try_="a decoder such as smollm2-135m, or a classification or reading task",
-        )
 
 
 def _check_examples(run: Run) -> None:

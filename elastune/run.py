@@ -114,7 +114,7 @@ class Run:
     def _calibration_texts(self) -> list[str]:
         cfg = self.recipe.sparsify.calibration
         if cfg.source == "task":
-            return [example.prompt + example.completion for example in self.splits.calibration]
+            return [example.plain_text for example in self.splits.calibration]
         texts = calibration_texts(cfg.source, self.recipe.data.dir)
         policy = self.recipe.data.leaks
         kept, notes = check_text_leaks(texts, self.splits.report, policy, name=cfg.source)

@@ -153,11 +153,13 @@ def test_accuracy_counts_correct_answers_with_binomial_stderr(
 ):
     task = write_answers(tmp_path, ["yes", "no", "yes", "yes"])
     examples = task.report_examples()
-    monkeypatch.setattr(sys.modules["elastune.evaluate"], "generate", lambda *a, **k: ["yes"] * 4)
+    answers = [(i, "yes") for i in (2, 0, 3, 1)]  # as they are finished
+    module = sys.modules["elastune.predict.generation"]
+    monkeypatch.setattr(module, "generate_each", lambda *a, **k: iter(answers))
     target = tmp_path / "out" / "predictions.jsonl"
     score = evaluate(model, tokenizer, task, examples, predictions=target)
     assert (score.value, score.n) == (0.75, 4)
-    assert score.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert score.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert [row["correct"] for row in rows] == [True, False, True, True]
     assert rows[1] == {

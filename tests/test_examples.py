@@ -33,3 +33,23 @@ def test_the_python_example_leaves_stock_peft_adapters_beside_a_sparse_base(tmp_
     assert zeros.split()[-2:] == ["zeros", "0.5"]
     config = json.loads((tmp_path / "heuristic" / "adapter_config.json").read_text())
     assert config["r"] == 24
+
+
+@pytest.mark.e2e
+def test_the_fine_tuning_example_compares_two_systems(tmp_path: Path) -> None:
+    folder = tmp_path / "glue" / "rte"
+    folder.mkdir(parents=True)
+    for split, n in (("train", 40), ("validation", 12)):
+        rows = [
+            {"sentence1": f"There are {i} {split} pens.", "sentence2": f"{i} pens.", "label": i % 2}
+            for i in range(n)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines)
+    small = ["--data-dir", str(tmp_path), "--n-train", "32", "--out", str(tmp_path / "out")]
+    command = [sys.executable, str(EXAMPLES / "finetune_in_python.py"), *small]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    full, lora, compared = done.stdout.strip().splitlines()
+    assert full.startswith("full: accuracy 0.")
+    assert lora.endswith("(n = 12)")
+    assert "95 % interval" in compared

@@ -33,12 +33,15 @@ FIELDS: dict[str, Any] = {
     "score": float,
     "stderr": float,
     "n": int,
+    "other_metrics": list,
     "params": int,
     "nonzero": int,
     "macs": int,
     "latency_ms": type(None),
     "seconds": float,
     "config": (dict, type(None)),
+    "notes": type(None),
+    "options": type(None),
 }
 
 

@@ -74,6 +74,11 @@ def load_model(
     if head is None:
         is_decoder = record_for(config.model_type).kind == "decoder"
         head = "causal-lm" if is_decoder else "base"
+    if head == "causal-lm" and record_for(config.model_type).kind == "encoder":
+        raise UnsupportedModel(
+            f"{str(name)!r} is an encoder ({config.model_type}), which generates no text",
+            try_="a decoder such as smollm2-135m, or a classification or reading task",
+        )
     if num_labels is not None:
         config.num_labels = num_labels
     options = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}

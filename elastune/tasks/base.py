@@ -56,6 +56,11 @@ class Example:
     answer: str
     key: str
 
+    @property
+    def plain_text(self) -> str:
+        """Everything that a model reads of it, for calibration."""
+        return self.prompt + self.completion
+
 
 @dataclass(frozen=True)
 class MultipleChoiceExample:
@@ -82,6 +87,11 @@ class MultipleChoiceExample:
         """What training teaches after the prompt: the right choice."""
         return self.choices[self.gold]
 
+    @property
+    def plain_text(self) -> str:
+        """Everything that a model reads of it, for calibration."""
+        return self.prompt + self.completion
+
 
 @dataclass(frozen=True)
 class ClassificationExample:
@@ -98,6 +108,11 @@ class ClassificationExample:
     text_pair: str | None
     label: float
     key: str
+
+    @property
+    def plain_text(self) -> str:
+        """Everything that a model reads of it, for calibration."""
+        return f"{self.text} {self.text_pair or ''}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -117,6 +132,11 @@ class QuestionAnsweringExample:
     answers: tuple[str, ...]
     answer_start: tuple[int, ...]
     key: str
+
+    @property
+    def plain_text(self) -> str:
+        """Everything that a model reads of it, for calibration."""
+        return f"{self.question} {self.context}"
 
 
 AnyExample = Example | MultipleChoiceExample | ClassificationExample | QuestionAnsweringExample
