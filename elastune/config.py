@@ -25,7 +25,7 @@ from pydantic import (
 from elastune.errors import BadRecipe, nearest
 from elastune.yaml_text import dump_yaml, parse_yaml
 
-BASELINES = ("dense", "dense+full", "dense+lora", "sparse", "sparse+full", "sparse+lora")
+BASELINES = ("dense", "dense+full", "dense+lora", "sparse", "sparse+lora")
 _USUAL_BASELINES = {
     "shears": ["dense", "dense+lora", "sparse", "sparse+lora"],
     "finetune": ["dense", "dense+full", "dense+lora"],

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from elastune.build_space import lora_space
 from elastune.config import AdapterConfig, TrainConfig
+from elastune.extract import extract
 from elastune.heads import HEADS
-from elastune.models import architecture
+from elastune.models import architecture, save_model
 from elastune.sampling import FixedSampler, RandomSampler
 from elastune.space import SearchSpace
 from elastune.step_log import Progress
@@ -61,6 +62,20 @@ def finetune(
     items = head.encode(examples, tokenizer, cfg.max_length)
     train(net, items, sampler, cfg, folder=folder, head=head, progress=progress)
     return net
+
+
+def save_tuned(
+    net: WholeModel | SuperNetwork, tokenizer: Any, folder: Path, *, base: str | None = None
+) -> None:
+    """Write what `finetune` trained as stock libraries load it.
+
+    A whole model goes to ``folder/model``, a checkpoint with its tokenizer; LoRA to
+    ``folder/adapter``, a stock PEFT adapter that notes ``base`` as its base model.
+    """
+    if isinstance(net, WholeModel):
+        save_model(net.model, tokenizer, folder / "model")
+    else:
+        extract(net, net.space.largest()).save(folder / "adapter", base=base)
 
 
 def plain(

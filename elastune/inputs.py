@@ -51,7 +51,6 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "dense+full": [*model, *data, recipe.train],
         "dense+lora": [*model, *trained],
         "sparse": base,
-        "sparse+full": [*base, *data, recipe.train],
         "sparse+lora": [*base, *trained],
     }
     return fingerprint(*parts[stage])

@@ -23,7 +23,7 @@ from elastune.data import Splits, calibration_rows, make_splits
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.extract import extract
 from elastune.files import read_json, whole_folder, write_json
-from elastune.finetune import adapted, adapter_space, plain
+from elastune.finetune import adapted, adapter_space, plain, save_tuned
 from elastune.heads import HEADS
 from elastune.inputs import fingerprint, stage_inputs
 from elastune.leaks import check_text_leaks
@@ -142,6 +142,10 @@ class Run:
             self.recipe.model, trust_remote_code=self.recipe.trust_remote_code, **self._as_loaded
         )
         self.__dict__.setdefault("tokenizer", tokenizer)
+        labels = getattr(self.task_of(self.recipe.task), "labels", None)
+        if labels:
+            model.config.id2label = dict(enumerate(labels))
+            model.config.label2id = {label: i for i, label in enumerate(labels)}
         return model, tokenizer
 
     @cached_property
@@ -214,7 +218,7 @@ class Run:
         """Train all weights, or a plain LoRA of the largest ranks, for the same steps and batches.
 
         Args:
-            name: ``dense`` or ``sparse``, ``+full`` or ``+lora``.
+            name: ``dense+full``, ``dense+lora`` or ``sparse+lora``.
         """
         inputs = self.inputs(name)
         if self.dir.is_done(name, inputs):
@@ -223,6 +227,9 @@ class Run:
         folder = self.dir.baseline(name)
         with self.dir.stage(name, inputs, folder):
             self._train(net, sampler, cfg, folder, name)
+            sparse = str(self.dir.base.resolve())
+            base = sparse if name.startswith("sparse") else net.model.name_or_path
+            save_tuned(net, self.tokenizer, folder, base=base)
 
     @property
     def train_config(self) -> TrainConfig:

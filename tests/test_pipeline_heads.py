@@ -36,7 +36,7 @@ def test_the_extracted_classifier_gives_the_reported_predictions_in_plain_peft(
         "train": {"max_steps": 6, "batch_size": 8, "learning_rate": 1e-2},
         "search": {"trials": 4, "objective": "score"},
         "evaluate": {"macs_length": 16},
-        "baselines": ["sparse", "sparse+lora", "sparse+full"],
+        "baselines": ["sparse", "sparse+lora", "dense+full"],
     }
     out = tmp_path / "run"
     process = start_cli("run", save_recipe(tmp_path / "r.yaml", recipe), "--out", out, "--json")
@@ -45,10 +45,18 @@ def test_the_extracted_classifier_gives_the_reported_predictions_in_plain_peft(
     names = [row["name"] for row in json.loads(stdout)["rows"]]
     assert names == [*recipe["baselines"], "largest", "heuristic", "smallest", "best"]
 
+    # Baselines load in stock libraries, too, and give what was reported of them.
+    tuned = AutoModelForSequenceClassification.from_pretrained(out / "baselines/dense-full/model")
+    assert tuned.config.id2label == {0: "no", 1: "yes"}
+    base = AutoModelForSequenceClassification.from_pretrained(out / "base")
+    adapter = PeftModel.from_pretrained(base, out / "baselines" / "sparse-lora" / "adapter")
+    loaded = {"dense+full": tuned.eval(), "sparse+lora": adapter.eval()}
+
     loaded_tokenizer = AutoTokenizer.from_pretrained(out / "base")
     for name in ("heuristic", "smallest"):
         base = AutoModelForSequenceClassification.from_pretrained(out / "base")
-        model = PeftModel.from_pretrained(base, out / "subnets" / name).eval()
+        loaded[name] = PeftModel.from_pretrained(base, out / "subnets" / name).eval()
+    for name, model in loaded.items():
         lines = (out / "predictions" / f"{name}.train.jsonl.jsonl").read_text().splitlines()
         assert len(lines) == 12
         for record in map(json.loads, lines):

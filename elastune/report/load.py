@@ -27,7 +27,6 @@ CURVE_FILES = {
     "supernet": "supernet/train.jsonl",
     "dense+full": "baselines/dense-full/train.jsonl",
     "dense+lora": "baselines/dense-lora/train.jsonl",
-    "sparse+full": "baselines/sparse-full/train.jsonl",
     "sparse+lora": "baselines/sparse-lora/train.jsonl",
 }
 USUAL_BASELINES = ("dense+lora", "sparse+lora")  # where the recipe does not name its own

@@ -15,7 +15,7 @@ from elastune.report.quantities import score_text, signed
 UNTRAINED = ("dense", "sparse")
 BASELINES = (
     *("dense", "dense+full", "dense+lora", "lora"),
-    *("sparse", "sparse+full", "sparse+lora"),
+    *("sparse", "sparse+lora"),
 )
 RESULTS = ("largest", "heuristic", "smallest", "best")
 ORDER = BASELINES + RESULTS
