@@ -67,15 +67,18 @@ def _check_examples(run: Run) -> None:
     splits = run.splits
     for note in splits.notes:
         run.reporter.say(note)
+    report = ", ".join(
+        f"{len(run.report_examples(task))} {task.label}" for task in run.recipe.report_tasks
+    )
+    if run.recipe.only_scores:
+        run.reporter.say(f"{report} report examples; nothing is trained")
+        return
     cfg = run.recipe.train
     encode = HEADS[run.task_of(run.recipe.task).head].encode
     try:
         encode(splits.train[: cfg.batch_size], run.tokenizer, cfg.max_length)
     except BadData:
         encode(splits.train, run.tokenizer, cfg.max_length)
-    report = ", ".join(
-        f"{len(run.report_examples(task))} {task.label}" for task in run.recipe.report_tasks
-    )
     run.reporter.say(
         f"{len(splits.train)} training, {len(splits.validation)} validation and {report} report "
         "examples; no question in two splits"

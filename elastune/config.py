@@ -241,6 +241,11 @@ class Recipe(_Section):
         return data
 
     @property
+    def only_scores(self) -> bool:
+        """Whether the model is scored as it comes, so that no training data is needed."""
+        return self.method == "finetune" and set(self.baselines) <= {"dense"}
+
+    @property
     def report_tasks(self) -> list[TaskConfig]:
         """The tasks that the report scores."""
         return list(self.evaluate.tasks) or [self.task]

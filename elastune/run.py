@@ -90,6 +90,8 @@ class Run:
         """The examples, checked to share no question between splits."""
         recipe = self.recipe
         report = {c.label: self.task(c).report_examples() for c in recipe.report_tasks}
+        if recipe.only_scores:
+            return Splits([], [], [], report)
         return make_splits(
             self.task(recipe.task).train_examples(),
             report,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import tiny_tokenizer
+from tiny_llama import tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
 from tiny_run import save_recipe, start_cli
 from torch import nn
@@ -201,3 +201,30 @@ def test_report_tasks_that_need_another_head_are_refused(tmp_path: Path) -> None
     assert process.returncode == 2
     assert "causal-lm head" in stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_is_only_scored_needs_no_training_data(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "day.txt").write_text("It is a day like any other.\n" * 40)
+    recipe = {
+        "method": "finetune",
+        "model": str(tmp_path / "model"),
+        "task": {"name": f"perplexity:{tmp_path / 'day.txt'}", "options": {"window": 16}},
+        "baselines": ["dense"],
+        "evaluate": {"macs_length": 16},
+    }
+    path = save_recipe(tmp_path / "recipe.yaml", recipe)
+    process = start_cli("run", path, "--out", tmp_path / "run", "--json")
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    (row,) = json.loads(stdout)["rows"]
+    assert row["metric"] == "perplexity"
+    assert row["score"] > 1
+    recipe["baselines"] = ["dense", "dense+full"]
+    path = save_recipe(tmp_path / "other.yaml", recipe)
+    process = start_cli("run", path, "--out", tmp_path / "other")
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "no training examples" in stderr
