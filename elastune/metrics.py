@@ -121,7 +121,7 @@ def perplexity_stderr(nll: np.ndarray, tokens: np.ndarray) -> float:
 
 ACCURACY = _mean_of("accuracy", "correct")
 ACCURACY_NORM = _mean_of("accuracy_norm", "correct_norm")
-"""Multiple choice by log-likelihood per character of the choice, as lm-evaluation-harness has it."""
+"""Multiple choice by log-likelihood per character of the choice (lm-evaluation-harness)."""
 EXACT_MATCH = _mean_of("exact_match", "exact")
 TOKEN_F1 = _mean_of("token_f1", "f1")
 """SQuAD's F1: mean over questions of the F1 of the answer's words."""
