@@ -67,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--questions", type=int, default=40, help="of each task")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="8 prompts, 6 questions a task, 1 round")
+    parser.add_argument("--quick", action="store_true", help="8 prompts, 6 questions, 1 round")
     args = parser.parse_args()
     if args.quick:
         args.prompts, args.batch_size, args.max_new_tokens = 8, 4, 64

@@ -61,6 +61,8 @@ class Measurement:
     """All that its outcome depends on besides the system; plain data."""
     score: Callable[[str, PreTrainedModel, str], dict[str, Any]]
     """System's name, its model and the row's key -> the row's score, metric and so on."""
+    recorded: bool = False
+    """Whether rows keep the options, so that a later command knows them: no recipe names it."""
 
     def key(self, run: Run, system: System) -> str:
         """Hash all that a row depends on."""
@@ -99,6 +101,7 @@ def measure(run: Run, names: list[str] | None = None, more: Sequence[Measurement
                     _share_predictions(run, measurement.label, same["name"], system.name)
                 row = same or _timed(run, system.name, model, measurement, key)
                 row |= {"name": system.name, "task": measurement.label, **asdict(cost)}
+                row["options"] = measurement.options if measurement.recorded else None
                 row["config"] = None if config is None else dict(config)
                 table.add(system, row)
     table.save()
@@ -171,7 +174,7 @@ def _recorded(row: dict[str, Any]) -> Measurement | None:
     """Return the measurement that an earlier command made a row by, if the row tells it."""
     if row.get("options") is None:
         return None
-    return Measurement(row["task"], row["options"], lambda *_: {})
+    return Measurement(row["task"], row["options"], lambda *_: {}, recorded=True)
 
 
 def _share_predictions(run: Run, label: str, giver: str, taker: str) -> None:

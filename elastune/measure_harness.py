@@ -66,5 +66,5 @@ def harness_measurements(
 
         own = None if include_path is None else content_hash(include_path)
         options = {"lm_eval": spec, **settings, "files": own}
-        found.append(Measurement(f"lm-eval:{name}", options, score))
+        found.append(Measurement(f"lm-eval:{name}", options, score, recorded=True))
     return found

@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from peft import PeftModel
 from tiny_llama import tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model, tiny_net
+from tiny_run import save_recipe, start_cli
 
 from elastune import harness
 from elastune.errors import BadData, BadRecipe, UnsupportedModel
@@ -388,3 +390,46 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch):
     with pytest.raises(BadRecipe, match="not installed") as caught:
         harness_tasks(["piqa"])
     assert "elastune[lm-eval]" in str(caught.value)
+
+
+def test_rows_of_lm_eval_stay_in_the_table_until_what_they_depend_on_changes(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "day.txt").write_text("It is a day like any other.\n" * 40)
+    recipe = {
+        "method": "finetune",
+        "model": str(tmp_path / "model"),
+        "task": {"name": f"perplexity:{tmp_path / 'day.txt'}", "options": {"window": 16}},
+        "baselines": ["dense"],
+        "evaluate": {"macs_length": 16},
+    }
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"q": f"{i} + 1 =", "choices": [f" {i + 1}", " 0"], "gold": 0} for i in range(4)]
+    (folder / "rows.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "sums.yaml").write_text(
+        "task: sums\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {folder / 'rows.json'}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{gold}}"\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    out = tmp_path / "run"
+    path = save_recipe(tmp_path / "recipe.yaml", recipe)
+
+    def told(*arguments: Any) -> dict[str, Any]:
+        process = start_cli(*arguments, "--json")
+        stdout, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr
+        return {row["task"]: row for row in json.loads(stdout)["rows"]}
+
+    assert set(told("run", path, "--out", out)) == {"day.txt"}
+    first = told("evaluate", out, "--lm-eval", "sums", "--lm-eval-path", folder)
+    assert first["lm-eval:sums"]["n"] == 4
+    assert (out / "predictions" / "dense.lm-eval_sums.jsonl").exists()
+    assert told("run", out) == first
+    changed = told("run", path, "--out", out, "--update", "--set", "dtype=bfloat16")
+    assert set(changed) == {"day.txt"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from test_report import metric_row, metrics_of, read_page, write_json, write_rows
 
 from elastune import statistics
@@ -453,3 +455,19 @@ def test_text_of_records_is_escaped(tmp_path: Path) -> None:
     page = read_page(tmp_path)
     assert page.tags.count("script") == 1
     assert page.text.count("alert(1)") > 8
+
+
+def test_many_tasks_stand_in_rows_of_a_narrow_terminal() -> None:
+    cost = {"params": 10, "nonzero": 9, "macs": 8, "latency_ms": None, "config": None}
+    rows = [
+        {"name": name, "task": f"task_{i}", "metric": "accuracy", "score": i / 20, **cost}
+        | {"stderr": 0.01, "n": 50, "seconds": 1.0, "other_metrics": []}
+        for name in ("dense", "dense+lora")
+        for i in range(12)
+    ]
+    console = Console(width=80, file=io.StringIO())
+    console.print(metrics_table({"schema": 1, "rows": rows, "environment": {}}))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for i in range(12):
+        (line,) = [line for line in text.splitlines() if f" task_{i} " in line]
+        assert line.count(f"{5 * i:.1f} ± 1.0") == 2

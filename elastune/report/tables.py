@@ -24,6 +24,9 @@ from elastune.report.results import (
     with_average,
 )
 
+_WIDE = 9
+"""Columns above which a terminal's table has tasks as rows."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -154,6 +157,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
+    if len(main.headers) > _WIDE and len(main.rows) < len(main.headers):
+        return _turned(table, main)
     table.add_column("system", no_wrap=True)
     for header in main.headers:
         lines = [line for line in (header.title, header.note, header.sample) if line]
@@ -163,6 +168,19 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         texts = [Text(cell.full, style="bold" if cell.best else style) for cell in cells]
         turning = baseline and place + 1 < len(main.rows) and not main.rows[place + 1][1]
         table.add_row(Text(name, style=style), *texts, end_section=turning)
+    return table
+
+
+def _turned(table: Table, main: MainTable) -> Table:
+    """Fill a table whose rows are the tasks, for those that would be too wide."""
+    table.add_column("", overflow="fold")
+    for name, baseline, _ in main.rows:
+        table.add_column(Text(name, style="dim" if baseline else ""), justify="right")
+    for place, header in enumerate(main.headers):
+        title = " ".join(line for line in (header.title, header.note, header.sample) if line)
+        cells = [row[2][place] for row in main.rows]
+        texts = [Text(cell.full, style="bold" if cell.best else "") for cell in cells]
+        table.add_row(Text(title), *texts)
     return table
 
 
