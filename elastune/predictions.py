@@ -88,7 +88,8 @@ class PredictionFile:
 
 def read_predictions(path: Path) -> list[Record]:
     """Return the records of a finished evaluation, in the order of the examples."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    # Not splitlines(): U+2028 and its kin may stand inside a JSON string.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _line(record: Record) -> str:

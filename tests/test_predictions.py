@@ -98,6 +98,16 @@ def test_a_torn_line_is_scored_again_and_seconds_add_up(tmp_path: Path) -> None:
     assert read_predictions(tmp_path / "p.jsonl") == third.finish()
 
 
+def test_line_separators_within_a_text_do_not_cut_a_record(tmp_path: Path) -> None:
+    record = {"index": 0, "text": "a\u2028b\u0085c\r\nd", "correct": True}
+    file = PredictionFile(tmp_path / "p.jsonl", "k")
+    with file.open():
+        file.add(record, 1.0)
+    assert PredictionFile(tmp_path / "p.jsonl", "k").records == {0: record}
+    file.finish()
+    assert read_predictions(tmp_path / "p.jsonl") == [record]
+
+
 def test_records_of_another_evaluation_are_not_gone_on_from(tmp_path: Path) -> None:
     first = PredictionFile(tmp_path / "p.jsonl", "of one model")
     with first.open():
