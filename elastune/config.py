@@ -134,6 +134,35 @@ Schedule = Literal[
 ]
 
 
+class DistillConfig(_Section):
+    """From which network sub-networks learn, besides or instead of the labels."""
+
+    teacher: Literal["largest"] | None = None
+    """"largest": the largest sub-network, as it is in the same step; null: only the labels."""
+    weight: float = Field(1.0, gt=0, le=1)
+    """Share of the teacher in the loss of those who learn from it; the rest is the labels'."""
+    temperature: float = Field(1.0, gt=0)
+    """What logits are divided by; the loss is multiplied by its square (Hinton et al., 2015)."""
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> DistillConfig:
+        if self.teacher is None and (self.weight, self.temperature) != (1.0, 1.0):
+            raise ValueError("weight and temperature say nothing without teacher: largest")
+        return self
+
+
+def _distillation(value: Any) -> Any:
+    """Let ``distill: in_place`` stand for ``distill: {teacher: largest}``, and null for none."""
+    if value is None or isinstance(value, str):
+        value = {"teacher": value}
+    elif isinstance(value, dict) and "name" in value and "teacher" not in value:
+        # `--set train.distill.weight=0.5` makes a name of the shorthand that it finds.
+        value = {"teacher" if key == "name" else key: value[key] for key in value}
+    if isinstance(value, dict) and value.get("teacher") == "in_place":
+        value = {**value, "teacher": "largest"}
+    return value
+
+
 class TrainConfig(_Section):
     """How long, how fast and how to train. Defaults are those of the Shears paper's runs."""
 
@@ -147,7 +176,9 @@ class TrainConfig(_Section):
     learning_rate: float = Field(3e-4, gt=0)
     """Of adapters and of what else a method trains."""
     full_learning_rate: float = Field(3e-5, gt=0)
-    """Of plain fine-tuning, the baselines called "+full"."""
+    """Of all weights: with ``update: full``, and of the baselines called "+full"."""
+    update: Literal["adapter", "full"] = "adapter"
+    """What of a super-network trains: its adapters (the base stays as it is), or every weight."""
     schedule: Schedule = "cosine"
     warmup: float = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the learning rate climbs from 0."""
@@ -156,6 +187,10 @@ class TrainConfig(_Section):
     max_length: int = Field(512, ge=2)
     """Tokens; longer examples are cut, those without room for a completion left out."""
     sampler: Literal["random", "sandwich", "progressive"] = "random"
+    n_random: int = Field(1, ge=0)
+    """Random sub-networks in a step of the sandwich, besides the largest and the smallest."""
+    distill: Annotated[DistillConfig, BeforeValidator(_distillation)] = DistillConfig()
+    """``in_place``: the other sub-networks of a sandwich learn from the largest."""
     draw_per: Literal["step", "micro_batch"] = "step"
     """When a new sub-network is drawn; the papers' code draws one per micro-batch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

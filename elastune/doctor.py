@@ -26,7 +26,7 @@ def examine() -> dict[str, Any]:
     """Return versions, devices, memory, built-in models and tasks."""
     import torch
 
-    from elastune.models.architecture import known_model_types
+    from elastune.models.families import known_model_types
     from elastune.models.builtin import BUILTIN
     from elastune.tasks import TASKS
 

@@ -84,16 +84,29 @@ class PeftAdapter:
 
 
 def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
-    """Cut the sub-adapter of ``config`` out of a super-network.
+    """Cut the sub-adapter of ``config`` out of a super-network whose structure is not elastic.
 
     Raises:
-        InvalidSubnet: not in the space, or all ranks are 0 (the base alone is that sub-network).
+        InvalidSubnet: not in the space, all ranks are 0 (the base alone is that sub-network), or
+            the base is elastic itself.
+    """
+    if net.structure is not None:
+        raise InvalidSubnet(
+            "the base of this super-network is elastic, too: an adapter alone is no sub-network",
+            try_="extract_model(net, config)",
+        )
+    return sub_adapter(net, config)
+
+
+def sub_adapter(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
+    """Cut the sub-adapter of ``config``, for the base as it is cut by ``config``.
+
+    Raises:
+        InvalidSubnet: not in the space, or nothing is left of the adapter.
     """
     with net.active(config):
         weights = {
-            name: adapter.extract()
-            for name, adapter in net.adapters.items()
-            if adapter.active_rank > 0
+            name: adapter.extract() for name, adapter in net.adapters.items() if not adapter.is_off
         }
     if not weights:
         raise InvalidSubnet(

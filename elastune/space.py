@@ -18,8 +18,9 @@ import numpy as np
 
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 
-DimKind = Literal["rank"]
-"""What a dim cuts. Widths, heads and depth join here."""
+DimKind = Literal["rank", "heads", "ffn", "depth"]
+"""What a dim cuts: an adapter's rank, a block's query heads, the channels of its feed-forward, or
+the whole block (1 keeps it, 0 leaves it out). 0 heads or channels leave that half out."""
 
 
 class SubnetConfig(Mapping[str, int]):
@@ -155,6 +156,10 @@ class SearchSpace:
 
     def __hash__(self) -> int:
         return hash(self.dims)
+
+    def __add__(self, other: SearchSpace) -> SearchSpace:
+        """Return the space of both's dims, such as ranks and widths together."""
+        return SearchSpace([*self.dims, *other.dims])
 
     def __repr__(self) -> str:
         return f"SearchSpace({len(self.dims)} dims, 10^{math.log10(self.size):.1f} sub-networks)"

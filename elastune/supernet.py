@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elastune.elastic.linear import ElasticConv1D, ElasticLinear
 from elastune.elastic.lora import ElasticLoRALinear, Scaling
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
+from elastune.linears import is_linear
+from elastune.models.blocks import BlockShape, blocks
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.state import copy_state
+from elastune.structure import STRUCTURE_KINDS, ElasticStructure
 
 
 class SuperNetwork(nn.Module):
     """A model and its search space; ``activate`` chooses what runs.
 
-    The model's own modules named by the space are replaced in place by elastic twins, and its own
-    weights are frozen but for those of ``trained``. The largest sub-network is active first.
-    Nothing here is random after construction.
+    The model's own modules named by the space become elastic in place, and its own weights are
+    frozen but for those of ``trained``. The largest sub-network is active first. Nothing here is
+    random after construction.
 
     Args:
         model: a transformers model; changed in place.
@@ -31,6 +35,8 @@ class SuperNetwork(nn.Module):
         scaling: see `elastune.elastic.lora.Scaling`.
         seed: of the adapters' initial weights.
         trained: names of modules trained whole, such as a new classification head.
+        train_base: train the model's own weights, too; those of a part that is cut off get no
+            gradient.
 
     Raises:
         InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic, or
@@ -47,22 +53,29 @@ class SuperNetwork(nn.Module):
         scaling: Scaling = "alpha/r_max",
         seed: int = 0,
         trained: Sequence[str] = (),
+        train_base: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.trained = tuple(trained)
+        self.train_base = train_base
         self.space = space
         # Checked whole before anything is changed: a refused model is as it was.
         largest = _largest_ranks(model, space)
-        model.requires_grad_(False)
+        cuts = [dim for dim in space.dims if dim.kind in STRUCTURE_KINDS]
+        self.structure = ElasticStructure(model, cuts) if cuts else None
+        model.requires_grad_(train_base)
         for name in self.trained:
             model.get_submodule(name).requires_grad_(True)
         self.adapters = _add_adapters(model, largest, alpha, dropout, scaling, seed)
         self._members: list[tuple[str, list[ElasticLoRALinear]]] = [
-            (dim.name, [self.adapters[name] for name in dim.modules]) for dim in space.dims
+            (dim.name, [self.adapters[name] for name in dim.modules])
+            for dim in space.dims
+            if dim.kind == "rank"
         ]
-        self._active = space.largest()
-        self.activate(self._active)
+        self._cuts = [dim.name for dim in cuts]
+        self._active = SubnetConfig({})
+        self.activate(space.largest())
 
     @property
     def config(self) -> SubnetConfig:
@@ -84,7 +97,17 @@ class SuperNetwork(nn.Module):
             size = config[name]
             for member in members:
                 member.set_active(size)
+        if self.structure is not None:
+            for name in self._cuts:
+                if config[name] != self._active.get(name):
+                    self.structure.set_active(name, config[name])
         self._active = config
+
+    def shapes(self, config: SubnetConfig) -> list[BlockShape | None]:
+        """Return the sizes of every block of a sub-network; None for a block that is left out."""
+        if self.structure is not None:
+            return self.structure.shapes(config)
+        return [block.shape for block in blocks(self.model)]
 
     @contextmanager
     def active(self, config: SubnetConfig) -> Iterator[None]:
@@ -101,8 +124,10 @@ class SuperNetwork(nn.Module):
         return self.model(*args, **kwargs)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by module name: A and B of adapters, the head's weights."""
+        """Return what training changes, by name: A and B of adapters, weights of head and base."""
         state = {}
+        if self.train_base:
+            state = {name: p.detach() for name, p in _base_parameters(self.model)}
         for name in self.trained:
             for part, parameter in self.model.get_submodule(name).named_parameters():
                 state[f"{name}.{part}"] = parameter.detach()
@@ -121,6 +146,8 @@ class SuperNetwork(nn.Module):
 
     def unwrap(self) -> PreTrainedModel:
         """Put the model's own modules back and return it; this super-network is then of no use."""
+        if self.structure is not None:
+            self.structure.release()
         for name, adapter in self.adapters.items():
             self.model.set_submodule(name, adapter.base)
         return self.model
@@ -129,15 +156,23 @@ class SuperNetwork(nn.Module):
         return f"{self.space!r}, active: {self._active.short()}"
 
 
+def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the model's own parameters by the names they have without adapters, tied ones once."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            yield name.replace(".base.", "."), parameter
+
+
 def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]:
     """Return the largest rank of every module of the space, checked to fit the model."""
     modules = dict(model.named_modules())
-    if any(isinstance(module, ElasticLoRALinear) for module in modules.values()):
-        raise InvalidSpace(
-            "the model has elastic adapters already", try_="unwrap() its super-network first"
-        )
+    elastic = (ElasticLoRALinear, ElasticLinear, ElasticConv1D)
+    if any(isinstance(module, elastic) for module in modules.values()):
+        raise InvalidSpace("the model is elastic already", try_="unwrap() its super-network first")
     largest: dict[str, int] = {}
     for dim in space.dims:
+        if dim.kind != "rank":
+            continue
         if dim.choices[0] < 1:
             raise InvalidSpace(
                 f"{dim.name}: its only rank is 0, so it has no adapter", try_="leave the dim out"
@@ -148,7 +183,7 @@ def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]
                 raise InvalidSpace(
                     f"{dim.name}: the model has no module {name!r}{nearest(name, modules)}"
                 )
-            if not hasattr(module, "in_features") or not hasattr(module, "out_features"):
+            if not is_linear(module):
                 raise InvalidSpace(f"{dim.name}: {name} is a {type(module).__name__}, not linear")
             if name in largest:
                 raise InvalidSpace(f"{name} stands in two dims; one rank cannot follow both")
@@ -165,7 +200,7 @@ def _add_adapters(
     seed: int,
 ) -> dict[str, ElasticLoRALinear]:
     """Wrap the modules that get an adapter; returns the wrappers by module name."""
-    full = max(largest.values())
+    full = max(largest.values(), default=0)
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name, rank in largest.items():

@@ -7,6 +7,7 @@ what the uninterrupted one would have drawn.
 Sources: Shears (section 3.2) and LoNAS train one random sub-network a (micro-)step; EFTNAS a
 sandwich. Deviations: the warm-up is really applied, and by default gradient accumulation keeps one
 sub-network per optimizer step (``draw_per="micro_batch"`` draws as the papers' code does).
+In-place distillation is that of Yu and Huang 2019 (universally slimmable networks).
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from elastune.config import TrainConfig
+from elastune.config import DistillConfig, TrainConfig
 from elastune.errors import BadArtifact, BadRecipe, TrainingDiverged
-from elastune.heads import HEADS, Head
+from elastune.heads import HEADS, Head, Outputs
 from elastune.length_groups import LengthGroups
 from elastune.sampling import Sampler
 from elastune.space import SearchSpace, SubnetConfig
@@ -89,7 +90,8 @@ def train(
 
     ``train.jsonl`` has one row a step: step, loss (mean over targets: nats per labelled token for
     language models), lr, tokens, seconds, and the configurations trained, as indices into each
-    dim's choices.
+    dim's choices. With a ``cfg.distill.teacher`` the loss is what is minimised: that of the first
+    draw on the labels and how far the others are from it, weighted.
 
     Args:
         items: what ``head.encode`` made of the examples.
@@ -97,8 +99,9 @@ def train(
 
     Raises:
         TrainingDiverged: the loss became NaN or infinite; the last checkpoint is kept.
-        BadRecipe: the settings ask for what this device cannot do.
+        BadRecipe: the settings ask for what this device or ``sampler`` cannot do.
     """
+    distill = _distillation(net, sampler, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     log = StepLog(folder / "train.jsonl", net.space, progress)
     with ExitStack() as stack:
@@ -107,7 +110,7 @@ def train(
             stack.enter_context(_checkpointed(net.model))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = _SuperNetworkTrainer(net, head, sampler, cfg, log, items, folder)
+        trainer = _SuperNetworkTrainer(net, head, sampler, cfg, distill, log, items, folder)
         started = time.monotonic()
         with suppress(NothingLeft):
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
@@ -134,6 +137,19 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
     finally:
         getattr(model, f"{kind}_checkpointing_disable")()
         model.disable_input_require_grads()
+
+
+def _distillation(net: Trainee, sampler: Sampler, cfg: TrainConfig) -> DistillConfig | None:
+    """Return how sub-networks learn from the largest; None where there is nothing but it."""
+    if cfg.distill.teacher is None or net.space is None or net.space.size == 1:
+        return None
+    if not getattr(sampler, "begins_with_largest", False):
+        raise BadRecipe(
+            "train.distill: in_place needs the largest sub-network in every step, and "
+            f"{type(sampler).__name__} does not begin with it",
+            try_="train.sampler=sandwich, or train.distill=null",
+        )
+    return cfg.distill
 
 
 def save_trained(net: Trainee, folder: Path) -> None:
@@ -174,13 +190,30 @@ def _last_checkpoint(folder: Path) -> str | None:
 class _Step(nn.Module):
     """What data parallelism wraps: batch in, summed loss out, by one forward call."""
 
-    def __init__(self, model: PreTrainedModel, head: Head) -> None:
+    def __init__(self, model: PreTrainedModel, head: Head, distill: DistillConfig | None) -> None:
         super().__init__()
         self.model = model
         self.head = head
+        self.distill = distill
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
-        return self.head.loss(self.model, batch)
+    def forward(
+        self, batch: dict[str, Any], teacher: Outputs | None = None
+    ) -> tuple[Tensor, Outputs | None]:
+        """Return the loss of the active sub-network, and the teacher of those that follow.
+
+        Args:
+            teacher: outputs for the same batch, if there are any yet.
+        """
+        cfg, head = self.distill, self.head
+        if cfg is None:
+            return head.loss(self.model, batch), None
+        outputs = head.outputs(self.model, batch)
+        if teacher is None:
+            return head.loss_of(outputs, batch), tuple(output.detach() for output in outputs)
+        loss = cfg.weight * head.distillation_loss(outputs, teacher, batch, cfg.temperature)
+        if cfg.weight < 1:
+            loss = loss + (1 - cfg.weight) * head.loss_of(outputs, batch)
+        return loss, teacher
 
 
 class _SuperNetworkTrainer(Trainer):
@@ -192,6 +225,7 @@ class _SuperNetworkTrainer(Trainer):
         head: Head,
         sampler: Sampler,
         cfg: TrainConfig,
+        distill: DistillConfig | None,
         log: StepLog,
         items: Sequence[Any],
         folder: Path,
@@ -204,7 +238,7 @@ class _SuperNetworkTrainer(Trainer):
         self.folder = folder
         self._micro_batch = (-1, 0)
         super().__init__(
-            model=_Step(net.model, head),
+            model=_Step(net.model, head, distill),
             args=_arguments(cfg, folder),
             data_collator=head.collate,  # type: ignore[arg-type]
             train_dataset=list(items),  # type: ignore[arg-type]
@@ -228,10 +262,12 @@ class _SuperNetworkTrainer(Trainer):
         index, progress = self._draw_index(step)
         draws = self.sampler.draw(index, progress)
         total = torch.zeros((), device=self.args.device)
+        # The first draw teaches the others, unless a teacher's outputs stood here before it.
+        teacher: Outputs | None = None
         for draw in draws:
             self.net.activate(draw.config)
             with self.compute_loss_context_manager():
-                summed = model(inputs)
+                summed, teacher = model(inputs, teacher)
             # Gradients are averaged over processes, and each holds its own share of the tokens.
             loss = summed * (draw.weight * self.args.world_size) / num_items_in_batch
             self._refuse_divergence(loss, step)
@@ -298,7 +334,7 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
         max_steps=cfg.max_steps or -1,
         per_device_train_batch_size=cfg.batch_size,
         gradient_accumulation_steps=cfg.accumulation,
-        learning_rate=cfg.learning_rate,
+        learning_rate=cfg.full_learning_rate if cfg.update == "full" else cfg.learning_rate,
         lr_scheduler_type=cfg.schedule,
         warmup_steps=cfg.warmup,
         weight_decay=cfg.weight_decay,

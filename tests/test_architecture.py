@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from elastune.errors import UnsupportedModel
-from elastune.models.architecture import ARCHITECTURES, architecture, known_model_types, record_for
+from elastune.models.families import ARCHITECTURES, architecture, known_model_types, record_for
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 48, 4, 2, 8, 64
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"]

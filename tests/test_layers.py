@@ -12,12 +12,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
-    {"errors", "version", "progress", "yaml_text", "packing", "importance", "metrics"},
-    {"files", "config", "space", "tasks", "elastic", "decoding", "console", "statistics", "state"},
-    {"models", "inputs", "sampling", "search", "leaks", "report", "generate", "predictions"},
-    {"data", "calibration_text", "supernet", "whole_model", "step_log", "length_groups"},
-    {"artifacts", "build_space", "calibrate", "cost", "extract", "likelihood", "losses", "doctor"},
-    {"choices", "heads"},
+    {"errors", "version", "progress", "yaml_text", "packing", "metrics"},
+    {"files", "config", "space", "tasks", "linears", "decoding", "console", "statistics", "state"},
+    {"elastic", "inputs", "sampling", "search", "leaks", "report", "generate", "predictions"},
+    {"models", "allocate", "whole_model", "step_log", "length_groups"},
+    {"data", "calibration_text", "structure"},
+    {"artifacts", "build_space", "build_structure", "supernet", "calibrate", "doctor"},
+    {"cost", "extract", "likelihood", "losses", "memory"},
+    {"choices", "heads", "subnetwork", "latency"},
+    {"importance", "export", "distill"},
+    {"reorder"},
     {"predict", "harness_model", "harness_results"},
     {"sparsify", "train", "evaluate", "harness"},
     {"objective", "finetune"},
@@ -33,6 +37,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = (
     *("__init__", "__main__", "cli", "config", "errors", "space", "search", "artifacts"),
     *("inputs", "files", "yaml_text", "progress", "report", "metrics", "statistics", "tasks"),
+    "allocate",
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from elastune.elastic import ElasticLoRALinear, ElasticModule
+from elastune.elastic import ElasticLoRALinear
 from elastune.elastic.lora import SCALINGS, Scaling, _FrozenLinearPlusLoRA
 from elastune.errors import InvalidSpace, InvalidSubnet
 
@@ -210,7 +210,6 @@ def test_bad_settings_are_refused() -> None:
 
 def test_only_set_active_changes_what_is_active() -> None:
     elastic = make(dropout=0.1)
-    assert isinstance(elastic, ElasticModule)
     elastic.set_active(2)
     before = {name: tensor.clone() for name, tensor in elastic.state_dict().items()}
     for name in dir(elastic):

@@ -16,7 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from elastune.elastic.linear import ElasticConv1D, ElasticLinear, Ranges, length_of, take
 from elastune.errors import InvalidSpace, InvalidSubnet
+from elastune.linears import in_features, out_features
 
 Scaling = Literal["alpha/r_max", "alpha/r", "rslora"]
 """What multiplies B A: alpha over the largest rank (as in the papers, whatever rank is active),
@@ -29,7 +31,8 @@ class ElasticLoRALinear(nn.Module):
     """A frozen base module with a low-rank adapter of switchable rank.
 
     Args:
-        base: called as it is (dense, sparse, quantised); must have in_features and out_features.
+        base: called as it is (dense, sparse, quantised); of an elastic base the adapter uses the
+            same rows and columns as the base.
         rank: the largest rank R.
         alpha: numerator of the scale.
         dropout: probability of zeroing an input of the adapter in training.
@@ -53,8 +56,8 @@ class ElasticLoRALinear(nn.Module):
         if scaling not in SCALINGS:
             raise InvalidSpace(f"scaling must be one of {', '.join(SCALINGS)}, got {scaling!r}")
         self.base = base
-        self.in_features = int(base.in_features)  # type: ignore[arg-type]
-        self.out_features = int(base.out_features)  # type: ignore[arg-type]
+        self.in_features = in_features(base)
+        self.out_features = out_features(base)
         self.max_rank = rank
         self.alpha = float(alpha)
         self.scaling = scaling
@@ -108,24 +111,46 @@ class ElasticLoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: ``(..., I)``.  Returns: ``(..., O)``."""
         rank = self.active_rank
-        if rank == 0:
+        if self.is_off:
             return self.base(x)
         scale = self.scale_at(rank)
-        a, b = self.lora_A[:rank], self.lora_B[:, :rank]
+        a = take(self.lora_A[:rank], 1, self.columns)
+        b = take(self.lora_B[:, :rank], 0, self.rows)
         autocast = torch.is_autocast_enabled(x.device.type)
         same_kind = self.dropout is None and x.dtype == a.dtype and not autocast
         if same_kind and _is_plain_and_frozen(self.base):
-            return _FrozenLinearPlusLoRA.apply(x, self.base.weight, self.base.bias, a, b, scale)
+            weight, bias = _active(self.base)
+            return _FrozenLinearPlusLoRA.apply(x, weight, bias, a, b, scale)
         out = self.base(x)
         inputs = x if self.dropout is None else self.dropout(x)
         low = (inputs.to(a.dtype) @ a.T) @ b.T
         return out + (low * scale).to(out.dtype)
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the adapter adds nothing: rank 0, or a base of which nothing is active."""
+        return self.active_rank == 0 or self.columns == () or self.rows == ()
+
+    @property
+    def rows(self) -> Ranges | None:
+        """The active out features, which are those of the base."""
+        return getattr(self.base, "rows", None)
+
+    @property
+    def columns(self) -> Ranges | None:
+        """The active in features, which are those of the base."""
+        return getattr(self.base, "columns", None)
+
+    @property
+    def active_features(self) -> tuple[int, int]:
+        """How many in and out features are active."""
+        return length_of(self.columns, self.in_features), length_of(self.rows, self.out_features)
+
     def extract(self) -> tuple[Tensor, Tensor, float]:
         """Return copies of the active A ``(r, I)`` and B ``(O, r)``, and their scale."""
         rank = self.active_rank
-        a = self.lora_A[:rank].detach().clone()
-        b = self.lora_B[:, :rank].detach().clone().contiguous()
+        a = take(self.lora_A[:rank], 1, self.columns).detach().clone().contiguous()
+        b = take(self.lora_B[:, :rank], 0, self.rows).detach().clone().contiguous()
         return a, b, self.scale_at(rank) if rank else 0.0
 
     def extra_repr(self) -> str:
@@ -135,12 +160,19 @@ class ElasticLoRALinear(nn.Module):
 def _is_plain_and_frozen(base: nn.Module) -> bool:
     """Tell whether calling ``base`` is a matrix product and nothing more: no hooks, no training."""
     return (
-        type(base) is nn.Linear
+        type(base) in (nn.Linear, ElasticLinear, ElasticConv1D)
         and not base.weight.requires_grad
         and (base.bias is None or not base.bias.requires_grad)
         and not (base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
         and "forward" not in vars(base)  # replaced by accelerate's offloading, for one
     )
+
+
+def _active(base: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the weight ``(O, I)`` and bias that a base multiplies with."""
+    if isinstance(base, ElasticLinear | ElasticConv1D):
+        return base.active_weight(), base.active_bias()
+    return base.weight, base.bias
 
 
 class _FrozenLinearPlusLoRA(torch.autograd.Function):

@@ -12,12 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.tasks.base import AnyExample
 
+Outputs = tuple[Any, ...]
+"""What a model says at a batch's targets: tensors, or what stands for them (`LazyLogits`)."""
+
 
 class Head(ABC):
     """Examples -> items -> batches -> summed loss.
 
-    Heads hold no weights: those are the model's. ``loss`` gets the batch as ``collate`` made it,
-    on the model's device.
+    Heads hold no weights: those are the model's. ``loss`` and ``outputs`` get the batch as
+    ``collate`` made it, on the model's device.
     """
 
     name: str
@@ -45,9 +48,35 @@ class Head(ABC):
     def collate(self, items: Sequence[Any]) -> dict[str, Any]:
         """Return a batch; ``input_ids`` and ``labels`` are among its tensors."""
 
-    @abstractmethod
     def loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
         """Return the loss summed over the batch's targets (see `n_targets`)."""
+        return self.loss_of(self.outputs(model, batch), batch)
+
+    @abstractmethod
+    def outputs(self, model: PreTrainedModel, batch: dict[str, Any]) -> Outputs:
+        """Run the model, and return what it says at the batch's targets and nowhere else."""
+
+    @abstractmethod
+    def loss_of(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
+        """Return `loss`, given what the model said."""
+
+    @abstractmethod
+    def distillation_loss(
+        self, outputs: Outputs, teacher: Outputs, batch: dict[str, Any], temperature: float
+    ) -> Tensor:
+        """Return how far a student is from its teacher, summed over the targets as `loss` is.
+
+        That is temperature^2 KL(teacher || student) with both softened by the temperature (Hinton
+        et al. 2015, equations 1 and 4). The teacher gets no gradient.
+
+        Args:
+            outputs: of the student.
+            teacher: another model's outputs for the same batch.
+            temperature: above 0.
+
+        Raises:
+            BadRecipe: the two do not tell the same classes apart.
+        """
 
     @abstractmethod
     def n_targets(self, batch: dict[str, Any]) -> Tensor:

@@ -10,8 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.data import IGNORED_LABEL, Encoded, PackedBatch, encode_all, pack
-from elastune.heads.base import Head
-from elastune.losses import completion_loss
+from elastune.heads.base import Head, Outputs
+from elastune.losses import (
+    completion_logits,
+    completion_loss,
+    distillation_loss,
+    labels_of,
+    logits_loss,
+)
 from elastune.packing import packed_attention
 
 
@@ -39,10 +45,18 @@ class CausalLM(Head):
         }
 
     def loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-        packed = PackedBatch(
-            batch["input_ids"], batch["labels"], batch["positions"], batch["starts"]
-        )
-        return completion_loss(model, packed)[0]
+        return completion_loss(model, _packed(batch))[0]
+
+    def outputs(self, model: PreTrainedModel, batch: dict[str, Any]) -> Outputs:
+        return (completion_logits(model, _packed(batch)),)
+
+    def loss_of(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
+        return logits_loss(outputs[0], labels_of(_packed(batch)))
+
+    def distillation_loss(
+        self, outputs: Outputs, teacher: Outputs, batch: dict[str, Any], temperature: float
+    ) -> Tensor:
+        return distillation_loss(outputs[0], teacher[0], temperature)
 
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         return (batch["labels"] != IGNORED_LABEL).sum()
@@ -51,3 +65,7 @@ class CausalLM(Head):
     def training(self, model: PreTrainedModel) -> Iterator[None]:
         with packed_attention(model):
             yield
+
+
+def _packed(batch: dict[str, Any]) -> PackedBatch:
+    return PackedBatch(batch["input_ids"], batch["labels"], batch["positions"], batch["starts"])

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadData, BadRecipe
 from elastune.generate import forward_parameters
-from elastune.heads.base import Head
+from elastune.heads.base import Head, Outputs
+from elastune.losses import distillation_loss
 from elastune.tasks.base import QuestionAnsweringExample
 
 STRIDE = 128
@@ -81,11 +82,21 @@ class QuestionAnswering(Head):
         labels = torch.tensor([[item.start, item.end] for item in items])
         return {**padded(items), "labels": labels}
 
-    def loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-        start, end = span_logits(model, batch)
+    def outputs(self, model: PreTrainedModel, batch: dict[str, Any]) -> Outputs:
+        return span_logits(model, batch)
+
+    def loss_of(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
+        start, end = outputs
         labels = batch["labels"]
         total = cross_entropy(start, labels[:, 0], reduction="sum")
         return (total + cross_entropy(end, labels[:, 1], reduction="sum")) / 2
+
+    def distillation_loss(
+        self, outputs: Outputs, teacher: Outputs, batch: dict[str, Any], temperature: float
+    ) -> Tensor:
+        pairs = zip(outputs, teacher, strict=True)
+        start, end = (distillation_loss(own, target, temperature) for own, target in pairs)
+        return (start + end) / 2
 
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         return torch.tensor(len(batch["labels"]))

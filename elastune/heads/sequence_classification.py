@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadData
-from elastune.heads.base import Head
+from elastune.heads.base import Head, Outputs
+from elastune.losses import distillation_loss
 from elastune.tasks.base import ClassificationExample
 
 
@@ -51,12 +52,24 @@ class SequenceClassification(Head):
     def collate(self, items: Sequence[EncodedText]) -> dict[str, Any]:
         return {**padded(items), "labels": torch.tensor([item.label for item in items])}
 
-    def loss(self, model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    def outputs(self, model: PreTrainedModel, batch: dict[str, Any]) -> Outputs:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = model(**inputs).logits.float()
+        return (model(**inputs).logits.float(),)
+
+    def loss_of(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
+        (logits,) = outputs
         if logits.shape[-1] == 1:
             return mse_loss(logits[:, 0], batch["labels"].float(), reduction="sum")
         return cross_entropy(logits, batch["labels"].long(), reduction="sum")
+
+    def distillation_loss(
+        self, outputs: Outputs, teacher: Outputs, batch: dict[str, Any], temperature: float
+    ) -> Tensor:
+        """Return the divergence of the classes, or the squared distance to the teacher's number."""
+        (own,), (target,) = outputs, teacher
+        if own.shape == target.shape and own.shape[-1] == 1:
+            return mse_loss(own, target.detach(), reduction="sum")
+        return distillation_loss(own, target, temperature)
 
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         return torch.tensor(len(batch["labels"]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elastune.models.architecture import ARCHITECTURES, Architecture, architecture
+from elastune.models.architecture import Architecture
+from elastune.models.families import ARCHITECTURES, architecture
 from elastune.models.load import load_model
 from elastune.models.save import save_model, write_model
 

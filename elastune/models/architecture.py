@@ -1,23 +1,54 @@
-"""Where each model family keeps its blocks, projections and norms: the one place that knows.
+"""What a record of a model family says, and the record that belongs to a model.
 
-Adding a family is one record in ``ARCHITECTURES`` and one line in ``tests/test_architecture.py``
-(docs/add-a-family.md).
+The records themselves are in `elastune.models.families` (docs/add-a-family.md).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from elastune.errors import UnsupportedModel, nearest
 
-#: The roles a linear layer of a block can have, in the order they are listed everywhere.
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+#: The roles a linear layer of a block can have, in the order they are listed everywhere. ``qkv``
+#: and ``gate_up`` are projections that a family keeps in one matrix.
+ROLES = ("qkv", "q", "k", "v", "o", "gate_up", "gate", "up", "down")
+
+Layout = Literal["stacked", "by_group"]
+"""How the rows of a fused ``qkv`` are ordered: all of q, all of k, all of v; or key/value group by
+group, each with its query heads, its key and its value."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where a block keeps its attention, and what else changes with the number of its heads.
+
+    Attributes:
+        path: the module of a block that makes the heads' outputs from the hidden states; it may
+            hold the output projection or not.
+        head_dim: the attribute of that module that holds the size of one head.
+        sizes: further attributes of that module -> ``"heads"``, ``"kv_heads"``, ``"groups"`` (query
+            heads per key/value head) or ``"width"`` (heads times head size). ``"config.x"`` means
+            the field x of the config that the module reads at every call.
+        layout: of a fused ``qkv``: a `Layout`, or a function of the model's config that returns it.
+        followers: further modules of a block -> the role (q, k or v) whose rows they follow;
+            modules that a model does not have are passed over.
+        alibi: the positions are told by slopes that belong to head numbers, so that heads cannot
+            be cut; a function of the config where only some models of the family do.
+        adds_residual: the module adds the residual itself; its second argument, ``residual``.
+    """
+
+    path: str
+    head_dim: str = "head_dim"
+    sizes: Mapping[str, str] = field(default_factory=dict)
+    layout: Layout | Callable[[Any], Layout] = "stacked"
+    followers: Mapping[str, str] = field(default_factory=dict)
+    alibi: bool | Callable[[Any], bool] = False
+    adds_residual: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,11 +60,17 @@ class Architecture:
         kind: ``"decoder"`` (causal language model) or ``"encoder"``.
         blocks: path of the block list below ``model.base_model``.
         roles: role -> path of its linear layer inside one block, in the order of ``ROLES``.
-        norms: paths inside one block of the norms over the hidden size.
+        norms: paths inside one block of the norms over the hidden size; those that a model of the
+            family does not have are passed over.
         head_norms: paths inside one block of the norms over the size of one attention head.
         plain_head: decoders only: ``logits == get_output_embeddings()(last hidden state)``, with
             no scaling and no soft-capping.
         shared_inputs: groups of roles that read the same tensor.
+        attention: what changes with the number of heads.
+        returns_tuple: a block returns (hidden states, ...) and not the hidden states alone.
+        config_names: ``"heads"``, ``"kv_heads"``, ``"head_dim"``, ``"ffn"`` -> the field of the
+            config that sets it. A size without a field is computed by the family from others, so
+            that a checkpoint of stock classes cannot have another.
     """
 
     model_types: tuple[str, ...]
@@ -44,6 +81,16 @@ class Architecture:
     head_norms: tuple[str, ...] = ()
     plain_head: bool = False
     shared_inputs: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("gate", "up"))
+    attention: Attention = Attention("self_attn")
+    returns_tuple: bool = False
+    config_names: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "heads": "num_attention_heads",
+            "kv_heads": "num_key_value_heads",
+            "head_dim": "head_dim",
+            "ffn": "intermediate_size",
+        }
+    )
 
     def blocks_of(self, model: nn.Module) -> nn.ModuleList:
         """Return the list of blocks of ``model``, first block first.
@@ -51,10 +98,10 @@ class Architecture:
         Raises:
             UnsupportedModel: the record's path is not there, or is not a list of modules.
         """
-        blocks = self._find(_base_model(model), self.blocks, "block list")
+        blocks = self._find(base_model_of(model), self.blocks, "block list")
         if not isinstance(blocks, nn.ModuleList):
             raise UnsupportedModel(
-                f"the block list {self.blocks!r} of {_type_of(model)!r} is a "
+                f"the block list {self.blocks!r} of {type_of(model)!r} is a "
                 f"{type(blocks).__name__}, not a ModuleList",
                 try_=_FIX_RECORD,
             )
@@ -94,7 +141,7 @@ class Architecture:
 
         A pooler counts too: checkpoints of masked language models come without one.
         """
-        base = _base_model(model)
+        base = base_model_of(model)
         names = [
             name
             for name, module in model.named_children()
@@ -123,8 +170,7 @@ class Architecture:
             return
         for role, path in self.roles.items():
             self._find(blocks[0], path, f"role {role!r}")
-        for path in (*self.norms, *self.head_norms):
-            self._find(blocks[0], path, "norm")
+        self._find(blocks[0], self.attention.path, "attention")
 
     def _wanted(self, model: nn.Module, roles: Iterable[str] | None) -> list[str]:
         if roles is None:
@@ -133,7 +179,7 @@ class Architecture:
         unknown = sorted(chosen - set(self.roles))
         if unknown:
             raise UnsupportedModel(
-                f"{_type_of(model)!r} has no linear layer with role {', '.join(unknown)}"
+                f"{type_of(model)!r} has no linear layer with role {', '.join(unknown)}"
                 f"{nearest(unknown[0], self.roles)}; it has {', '.join(self.roles)}",
                 try_="leave those roles out",
             )
@@ -150,129 +196,16 @@ class Architecture:
             ) from None
 
 
-_FIX_RECORD = "correct the record in elastune/models/architecture.py (docs/add-a-family.md)"
-
-_LLAMA = Architecture(
-    model_types=("llama", "mistral", "qwen2"),
-    kind="decoder",
-    blocks="layers",
-    roles={
-        "q": "self_attn.q_proj",
-        "k": "self_attn.k_proj",
-        "v": "self_attn.v_proj",
-        "o": "self_attn.o_proj",
-        "gate": "mlp.gate_proj",
-        "up": "mlp.up_proj",
-        "down": "mlp.down_proj",
-    },
-    norms=("input_layernorm", "post_attention_layernorm"),
-    plain_head=True,
-)
-
-_QWEN3 = dataclasses.replace(
-    _LLAMA, model_types=("qwen3",), head_norms=("self_attn.q_norm", "self_attn.k_norm")
-)
-
-# Gemma 2 caps its logits, 30 * tanh(logits / 30), so its head is not plain.
-_GEMMA2 = dataclasses.replace(
-    _LLAMA,
-    model_types=("gemma2",),
-    norms=(
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
-    ),
-    plain_head=False,
-)
-
-_GEMMA3 = dataclasses.replace(
-    _GEMMA2,
-    model_types=("gemma3_text",),
-    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    plain_head=True,
-)
-
-_BERT = Architecture(
-    model_types=("bert", "roberta"),
-    kind="encoder",
-    blocks="encoder.layer",
-    roles={
-        "q": "attention.self.query",
-        "k": "attention.self.key",
-        "v": "attention.self.value",
-        "o": "attention.output.dense",
-        "up": "intermediate.dense",
-        "down": "output.dense",
-    },
-    norms=("attention.output.LayerNorm", "output.LayerNorm"),
-    shared_inputs=(("q", "k", "v"),),
-)
-
-_DISTILBERT = Architecture(
-    model_types=("distilbert",),
-    kind="encoder",
-    blocks="transformer.layer",
-    roles={
-        "q": "attention.q_lin",
-        "k": "attention.k_lin",
-        "v": "attention.v_lin",
-        "o": "attention.out_lin",
-        "up": "ffn.lin1",
-        "down": "ffn.lin2",
-    },
-    norms=("sa_layer_norm", "output_layer_norm"),
-    shared_inputs=(("q", "k", "v"),),
-)
-
-#: Every family the library knows. Add a family by adding its record here.
-ARCHITECTURES: tuple[Architecture, ...] = (_LLAMA, _QWEN3, _GEMMA2, _GEMMA3, _BERT, _DISTILBERT)
+_FIX_RECORD = "correct the record in elastune/models/families.py (docs/add-a-family.md)"
 
 
-def known_model_types() -> list[str]:
-    """Return every ``config.model_type`` that has a record, in the order of ``ARCHITECTURES``."""
-    return [name for record in ARCHITECTURES for name in record.model_types]
-
-
-def record_for(model_type: str) -> Architecture:
-    """Return the record of one ``config.model_type``.
-
-    Raises:
-        UnsupportedModel: no record serves this type.
-    """
-    for record in ARCHITECTURES:
-        if model_type in record.model_types:
-            return record
-    known = known_model_types()
-    raise UnsupportedModel(
-        f"models of type {model_type!r} are not known{nearest(model_type, known)}; "
-        f"known types: {', '.join(known)}",
-        try_="add one record to elastune/models/architecture.py, as docs/add-a-family.md shows",
-    )
-
-
-def architecture(model: nn.Module) -> Architecture:
-    """Return the checked record of a built model, with any head or none.
-
-    ``plain_head`` is settled by the model's own configuration: a family that may cap its logits
-    has a plain head only where the cap is switched off.
-
-    Raises:
-        UnsupportedModel: no record for this model type, or the record does not fit the model.
-    """
-    record = record_for(_type_of(model))
-    if getattr(getattr(model, "config", None), "final_logit_softcapping", None) is not None:
-        record = dataclasses.replace(record, plain_head=False)
-    record.check(model)
-    return record
-
-
-def _type_of(model: nn.Module) -> str:
+def type_of(model: nn.Module) -> str:
+    """Return ``config.model_type``, or the class of what is no transformers model."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return str(model_type or type(model).__name__)
 
 
-def _base_model(model: nn.Module) -> nn.Module:
+def base_model_of(model: nn.Module) -> nn.Module:
     """Return the model below its head; a model without a head is its own base."""
     if isinstance(model, PreTrainedModel):
         return model.base_model
@@ -283,6 +216,6 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 
 def _prefix(model: nn.Module) -> str:
-    base = _base_model(model)
+    base = base_model_of(model)
     name = next(name for name, module in model.named_modules() if module is base)
     return f"{name}." if name else ""

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError, UnsupportedModel, nearest
-from elastune.models.architecture import record_for
 from elastune.models.builtin import BUILTIN, builtin_path
 from elastune.models.checkpoint import check_folder
+from elastune.models.families import record_for
 from elastune.models.gguf import gguf_path
 from elastune.models.save import save_model
 

@@ -1,0 +1,144 @@
+"""Search spaces over a model's own structure: heads, feed-forward widths, depth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from transformers import PreTrainedModel
+
+from elastune.errors import InvalidSpace
+from elastune.models.blocks import Block, Part, blocks
+from elastune.space import ElasticDim, SearchSpace
+from elastune.structure import check_choices, full_size
+
+Sizes = Sequence[float] | Mapping[str, Sequence[float]]
+"""Choices for all blocks, or patterns over dim names -> choices; the last that matches wins."""
+
+
+def structure_space(
+    model: PreTrainedModel,
+    *,
+    ffn: Sizes | None = None,
+    heads: Sizes | None = None,
+    depth: Literal["all"] | Sequence[int] | None = None,
+    round_to: int = 64,
+    shared: bool = False,
+) -> SearchSpace:
+    """Build one dim per block for each of widths, heads and depth (LoNAS, section 3).
+
+    Dims are named ``layers.<block>.ffn``, ``layers.<block>.heads`` and ``layers.<block>.block``. Add
+    them to a `lora_space` for ranks and structure together.
+
+    Args:
+        model: of a known architecture; not changed.
+        ffn: choices of channels: parts of the full width (1.0, 0.5) or whole numbers of at least 2.
+            0 leaves the feed-forward out. Order and repeats do not matter.
+        heads: choices of query heads, likewise; key/value heads follow, so that parts are rounded
+            to whole groups. 0 leaves the attention out.
+        depth: numbers of the blocks that may be left out whole; ``"all"`` for any of them.
+        round_to: parts of a width are rounded to multiples of this.
+        shared: one dim for all blocks instead: every sub-network is uniform, and so loads with
+            stock classes. ``depth`` stays per block.
+
+    Raises:
+        InvalidSpace: nothing is elastic, a pattern that matches no dim, or sizes a block cannot
+            have.
+        UnsupportedModel: unknown family.
+    """
+    if round_to < 1:
+        raise InvalidSpace(f"round_to must be at least 1, got {round_to}")
+    found = blocks(model)
+    dims = []
+    wanted: tuple[tuple[Part, Sizes | None], ...] = (("heads", heads), ("ffn", ffn))
+    for part, sizes in wanted:
+        if sizes is not None:
+            members = [found] if shared else [[block] for block in found]
+            dims += _part_dims(part, sizes, members, round_to)
+    dims += _depth_dims(depth, found)
+    if not dims:
+        raise InvalidSpace(
+            "nothing of the structure is elastic",
+            try_="ffn=[1.0, 0.75, 0.5], heads=... or depth=...",
+        )
+    return SearchSpace(sorted(dims, key=lambda dim: _place(dim.name)))
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Sort dims by block; dims shared by all blocks come first."""
+    number = name.split(".")[1]
+    return (int(number), "") if number.isdigit() else (-1, number)
+
+
+def _part_dims(
+    part: Part, sizes: Sizes, groups: Sequence[Sequence[Block]], round_to: int
+) -> list[ElasticDim]:
+    """Return the dims of widths or of heads, one for each group of blocks."""
+    patterns = dict(sizes) if isinstance(sizes, Mapping) else {"*": sizes}
+    used: set[str] = set()
+    dims = []
+    for members in groups:
+        block = members[0]
+        name = f"layers.{part}" if len(members) > 1 else f"layers.{block.index}.{part}"
+        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+        used.update(matching)
+        if not matching:
+            continue
+        choices = _choices(name, part, patterns[matching[-1]], block, round_to)
+        if choices == (full_size(block, part),):
+            continue
+        for other in members:
+            check_choices(name, part, choices, other)
+        modules = [f"{b.name}.{b.record.roles[role]}" for b in members for role in b.roles_of(part)]
+        dims.append(ElasticDim(name, part, choices, tuple(modules)))
+    unused = [pattern for pattern in patterns if pattern not in used]
+    if unused:
+        raise InvalidSpace(
+            f"{part}: {', '.join(map(repr, unused))} matches no dim; dims are named like "
+            f"'layers.0.{part}'"
+        )
+    return dims
+
+
+def _choices(
+    name: str, part: Part, sizes: Sequence[float], block: Block, round_to: int
+) -> tuple[int, ...]:
+    """Turn parts into whole sizes, largest first."""
+    full = full_size(block, part)
+    unit = block.heads_per_unit if part == "heads" else round_to
+    found = set()
+    for size in sizes:
+        if size < 0:
+            raise InvalidSpace(f"{name}: sizes cannot be negative, got {size}")
+        if size == 0:
+            found.add(0)
+        elif size <= 1:
+            found.add(min(full, max(unit, round(size * full / unit) * unit)) if size < 1 else full)
+        elif size != int(size):
+            raise InvalidSpace(
+                f"{name}: {size} is neither a part of the full size (at most 1) nor whole"
+            )
+        else:
+            found.add(int(size))
+    if not found:
+        raise InvalidSpace(f"{name}: no sizes given", try_="such as [1.0, 0.75, 0.5]")
+    return tuple(sorted(found, reverse=True))
+
+
+def _depth_dims(
+    depth: Literal["all"] | Sequence[int] | None, found: Sequence[Block]
+) -> list[ElasticDim]:
+    """Return a dim for each block that may be left out."""
+    if depth is None:
+        return []
+    if isinstance(depth, str) and depth != "all":
+        raise InvalidSpace(f"depth is 'all' or a list of block numbers, got {depth!r}")
+    numbers = range(len(found)) if depth == "all" else sorted(set(depth))
+    wrong = [number for number in numbers if not 0 <= number < len(found)]  # type: ignore[operator]
+    if wrong:
+        raise InvalidSpace(f"depth: there is no block {wrong}; blocks are 0 to {len(found) - 1}")
+    return [
+        ElasticDim(f"layers.{number}.block", "depth", (1, 0), (found[int(number)].name,))
+        for number in numbers
+    ]
