@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastune.artifacts import RunDirectory
+from elastune.choose import chosen
 from elastune.config import TaskConfig, load_recipe
 from elastune.console import ConsoleReporter
 from elastune.likelihood import example_losses
@@ -142,7 +143,7 @@ def _gold_losses(run: Run, n_examples: int) -> dict[str, tuple[float, float, flo
     baseline = run.load_baseline("sparse+lora")
     measured["sparse+lora"] = example_losses(baseline.model, run.tokenizer, examples)
     net = run.load_supernet()
-    for name, subnet in run.chosen().items():
+    for name, subnet in chosen(run).items():
         if name == "heuristic" or (name != "best" and run.recipe.seed == 0):
             net.activate(subnet)
             measured[name] = example_losses(net.model, run.tokenizer, examples)

@@ -11,48 +11,65 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from elastune.autoload import announce_when_imported
 from elastune.version import __version__
 
 if TYPE_CHECKING:
+    from elastune.allocate import allocate, single_choice_losses, uniform_config
     from elastune.build_space import lora_space
+    from elastune.build_structure import structure_space
     from elastune.config import Recipe, TrainConfig, load_recipe
-    from elastune.cost import Cost, CostModel, model_cost, prefill_latency_ms
+    from elastune.cost import Cost, CostModel, model_cost
     from elastune.data import calibration_rows, encode_all, make_splits
     from elastune.errors import ElastuneError
     from elastune.evaluate import evaluate, mean_loss
+    from elastune.export import Saved, save_subnetwork, snap_to_uniform
     from elastune.extract import PeftAdapter, extract
     from elastune.finetune import finetune
     from elastune.generate import generate
+    from elastune.importance import structure_scores
+    from elastune.latency import Latency, compare_latency, measure_latency, prefill_latency_ms
+    from elastune.latency_table import LatencyTable
     from elastune.models import architecture, load_model, save_model
     from elastune.objective import make_objective
+    from elastune.reorder import reorder_
     from elastune.report import write_report
     from elastune.sampling import ProgressiveSampler, RandomSampler, SandwichSampler
     from elastune.search import SearchResult, search
     from elastune.space import ElasticDim, SearchSpace, SubnetConfig
     from elastune.sparsify import Sparsity, sparsify_, sparsity_report
     from elastune.statistics import compare
+    from elastune.subnetwork import Subnetwork, extract_model
     from elastune.supernet import SuperNetwork
     from elastune.tasks import Example, Score, Task, get_task
     from elastune.train import load_trained, save_trained, train
 
 _HOMES = {
+    "allocate": ("allocate", "single_choice_losses", "uniform_config"),
     "build_space": ("lora_space",),
+    "build_structure": ("structure_space",),
     "config": ("Recipe", "TrainConfig", "load_recipe"),
-    "cost": ("Cost", "CostModel", "model_cost", "prefill_latency_ms"),
+    "cost": ("Cost", "CostModel", "model_cost"),
     "data": ("calibration_rows", "encode_all", "make_splits"),
     "errors": ("ElastuneError",),
     "evaluate": ("evaluate", "mean_loss"),
+    "export": ("Saved", "save_subnetwork", "snap_to_uniform"),
     "extract": ("PeftAdapter", "extract"),
     "finetune": ("finetune",),
     "generate": ("generate",),
+    "importance": ("structure_scores",),
+    "latency": ("Latency", "compare_latency", "measure_latency", "prefill_latency_ms"),
+    "latency_table": ("LatencyTable",),
     "models": ("architecture", "load_model", "save_model"),
     "objective": ("make_objective",),
+    "reorder": ("reorder_",),
     "report": ("write_report",),
     "sampling": ("ProgressiveSampler", "RandomSampler", "SandwichSampler"),
     "search": ("SearchResult", "search"),
     "space": ("ElasticDim", "SearchSpace", "SubnetConfig"),
     "sparsify": ("Sparsity", "sparsify_", "sparsity_report"),
     "statistics": ("compare",),
+    "subnetwork": ("Subnetwork", "extract_model"),
     "supernet": ("SuperNetwork",),
     "tasks": ("Example", "Score", "Task", "get_task"),
     "train": ("load_trained", "save_trained", "train"),
@@ -65,26 +82,33 @@ __all__ = [
     "ElasticDim",
     "ElastuneError",
     "Example",
+    "Latency",
+    "LatencyTable",
     "PeftAdapter",
     "ProgressiveSampler",
     "RandomSampler",
     "Recipe",
     "SandwichSampler",
+    "Saved",
     "Score",
     "SearchResult",
     "SearchSpace",
     "Sparsity",
     "SubnetConfig",
+    "Subnetwork",
     "SuperNetwork",
     "Task",
     "TrainConfig",
     "__version__",
+    "allocate",
     "architecture",
     "calibration_rows",
     "compare",
+    "compare_latency",
     "encode_all",
     "evaluate",
     "extract",
+    "extract_model",
     "finetune",
     "generate",
     "get_task",
@@ -95,14 +119,22 @@ __all__ = [
     "make_objective",
     "make_splits",
     "mean_loss",
+    "measure_latency",
     "model_cost",
     "prefill_latency_ms",
+    "reorder_",
     "save_model",
+    "save_subnetwork",
     "save_trained",
     "search",
+    "single_choice_losses",
+    "snap_to_uniform",
     "sparsify_",
     "sparsity_report",
+    "structure_scores",
+    "structure_space",
     "train",
+    "uniform_config",
     "write_report",
 ]
 
@@ -117,6 +149,8 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+announce_when_imported()  # models of non-uniform sizes then load like others
 
 
 def __getattr__(name: str) -> Any:

@@ -42,6 +42,8 @@ class RunDirectory:
         self.search = root / "search"
         self.trials = self.search / "trials.json"
         self.journal = self.search / "study.journal"
+        self.single_choices = self.search / "single_choices.jsonl"
+        self.budgets = self.search / "budgets.json"
         self.subnets = root / "subnets"
         self.predictions = root / "predictions"
         self.metrics_file = root / "metrics.json"

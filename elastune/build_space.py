@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from transformers import PreTrainedModel
@@ -17,7 +17,11 @@ LORA_GROUPS: Mapping[str, tuple[str, ...]] = {
     "down": ("down",),
     "o": ("o",),
 }
-"""Roles that share one rank in each block (Shears): projections that read the same input."""
+"""Roles that share one rank in each block (Shears): projections that read the same input. Of a
+family that keeps them in one matrix that matrix is meant, here as among targets."""
+
+FUSED: Mapping[str, tuple[str, ...]] = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+"""Roles of fused matrices -> the projections in them."""
 
 DEFAULT_TARGETS = ("q", "k", "v", "up", "gate", "down")
 """Roles that get an adapter, as in the papers; add ``"o"`` for the attention output."""
@@ -41,7 +45,8 @@ def lora_space(
             ``{"*": [32, 24, 16], "*.down": [16, 8, 0], "layers.0.*": [32]}``; the last pattern
             that matches wins, and a dim that none matches gets no adapter. Rank 0 leaves the
             adapter out. Order and repeats do not matter.
-        targets: roles that get an adapter.
+        targets: roles that get an adapter. ``q``, ``k`` and ``v``, any of them, stand for a fused
+            ``qkv`` where the family has one, ``gate`` and ``up`` for a fused ``gate_up``.
         groups: roles that share a rank, by the name of the group; default `LORA_GROUPS`. Targets in
             no group get a group of their own.
         max_rank: an upper bound that every rank must keep, the adapter's full rank.
@@ -51,15 +56,16 @@ def lora_space(
         UnsupportedModel: the model has none of the targets.
     """
     record = architecture(model)
-    known = set(record.roles) | {"gate"}
-    grouped = _groups(groups or LORA_GROUPS, targets, known)
+    grouped = _groups(groups or LORA_GROUPS, targets, _meanings(record.roles))
     patterns = dict(ranks) if isinstance(ranks, Mapping) else {"*": ranks}
     used: set[str] = set()
     names = []
     dims = []
+    held = record.linear_names(model)
     for index, block in enumerate(record.block_names(model)):
         for group, roles in grouped.items():
-            modules = tuple(f"{block}.{record.roles[r]}" for r in roles if r in record.roles)
+            places = (f"{block}.{record.roles[role]}" for role in roles if role in record.roles)
+            modules = tuple(place for place in places if place in held)
             if not modules:
                 continue
             name = f"layers.{index}.{group}"
@@ -87,25 +93,44 @@ def lora_space(
     return SearchSpace(dims)
 
 
+def _meanings(roles: Iterable[str]) -> dict[str, str]:
+    """Return every name that a target may have -> the role meant, which a family may lack."""
+    meanings = {role: role for role in roles}
+    for fused, parts in FUSED.items():
+        if fused in meanings:
+            meanings |= dict.fromkeys(parts, fused)
+    return {"gate": "gate"} | meanings
+
+
 def _groups(
-    groups: Mapping[str, Sequence[str]], targets: Sequence[str], known: set[str]
+    groups: Mapping[str, Sequence[str]], targets: Sequence[str], meanings: Mapping[str, str]
 ) -> dict[str, tuple[str, ...]]:
     """Cut the groups down to the targets, and give the rest groups of their own."""
     for role in [*targets, *(role for roles in groups.values() for role in roles)]:
-        if role not in known:
+        if role not in meanings:
             raise InvalidSpace(
-                f"unknown projection {role!r}{nearest(role, known)}; "
-                f"this model has {', '.join(sorted(known))}"
+                f"unknown projection {role!r}{nearest(role, meanings)}; "
+                f"this model has {', '.join(sorted(meanings))}"
             )
+    wanted = _distinct(meanings[role] for role in targets)
     grouped = {
-        name: tuple(role for role in roles if role in targets) for name, roles in groups.items()
+        name: tuple(role for role in _distinct(meanings[r] for r in roles) if role in wanted)
+        for name, roles in groups.items()
     }
     placed = [role for roles in grouped.values() for role in roles]
     twice = sorted({role for role in placed if placed.count(role) > 1})
     if twice:
-        raise InvalidSpace(f"adapter.groups: {', '.join(twice)} stands in more than one group")
-    grouped |= {role: (role,) for role in targets if role not in placed}
+        fused = [f"{role} holds {', '.join(FUSED[role])}" for role in twice if role in FUSED]
+        raise InvalidSpace(
+            f"adapter.groups: {', '.join(twice)} stands in more than one group"
+            + (f" (in this family {'; '.join(fused)})" if fused else "")
+        )
+    grouped |= {role: (role,) for role in wanted if role not in placed}
     return {name: roles for name, roles in grouped.items() if roles}
+
+
+def _distinct(roles: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(roles))
 
 
 def _choices(name: str, ranks: Sequence[int], max_rank: int | None) -> tuple[int, ...]:

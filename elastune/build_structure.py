@@ -28,8 +28,8 @@ def structure_space(
 ) -> SearchSpace:
     """Build one dim per block for each of widths, heads and depth (LoNAS, section 3).
 
-    Dims are named ``layers.<block>.ffn``, ``layers.<block>.heads`` and ``layers.<block>.block``. Add
-    them to a `lora_space` for ranks and structure together.
+    Dims are named ``layers.<block>.ffn``, ``layers.<block>.heads`` and ``layers.<block>.block``.
+    Add them to a `lora_space` for ranks and structure together.
 
     Args:
         model: of a known architecture; not changed.
@@ -37,7 +37,8 @@ def structure_space(
             0 leaves the feed-forward out. Order and repeats do not matter.
         heads: choices of query heads, likewise; key/value heads follow, so that parts are rounded
             to whole groups. 0 leaves the attention out.
-        depth: numbers of the blocks that may be left out whole; ``"all"`` for any of them.
+        depth: numbers of the blocks that may be left out whole; ``"all"`` for any of them that the
+            family can do without.
         round_to: parts of a width are rounded to multiples of this.
         shared: one dim for all blocks instead: every sub-network is uniform, and so loads with
             stock classes. ``depth`` stays per block.
@@ -134,11 +135,18 @@ def _depth_dims(
         return []
     if isinstance(depth, str) and depth != "all":
         raise InvalidSpace(f"depth is 'all' or a list of block numbers, got {depth!r}")
-    numbers = range(len(found)) if depth == "all" else sorted(set(depth))
-    wrong = [number for number in numbers if not 0 <= number < len(found)]  # type: ignore[operator]
+    if depth == "all":
+        numbers = [block.index for block in found if block.fixed_depth is None]
+        if not numbers:
+            check_choices("depth", "depth", (1, 0), found[0])
+    else:
+        numbers = sorted({int(number) for number in depth})
+    wrong = [number for number in numbers if not 0 <= number < len(found)]
     if wrong:
         raise InvalidSpace(f"depth: there is no block {wrong}; blocks are 0 to {len(found) - 1}")
+    for number in numbers:
+        check_choices(f"layers.{number}.block", "depth", (1, 0), found[number])
     return [
-        ElasticDim(f"layers.{number}.block", "depth", (1, 0), (found[int(number)].name,))
+        ElasticDim(f"layers.{number}.block", "depth", (1, 0), (found[number].name,))
         for number in numbers
     ]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
 from elastune.errors import BadData, BadRecipe, nearest
-from elastune.finetune import adapter_space
+from elastune.finetune import net_space
 from elastune.heads import HEADS
 from elastune.models import architecture
 from elastune.run import Run
@@ -23,7 +23,7 @@ def check(run: Run) -> None:
     _check_training(run)
     _check_tasks(run)
     model, _ = run.load_dense()
-    adapter_space(model, run.recipe.adapter)
+    net_space(model, run.recipe.adapter, run.recipe.structure)
     _check_examples(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
         _check_sparsity(run, model)
@@ -97,5 +97,10 @@ def _check_sparsity(run: Run, model: PreTrainedModel) -> None:
                     try_="another pattern, or sparsify.ratio",
                 )
     needs_text = run.recipe.sparsify.method != "magnitude" and sparsity.ratio > 0
-    if needs_text and not run.dir.is_done("sparsify", run.inputs("sparsify")):
-        run.calibration(model)
+    if run.dir.is_done("sparsify", run.inputs("sparsify")):
+        return
+    if needs_text:
+        run.calibration(model, run.recipe.sparsify.calibration)
+    structure = run.recipe.structure
+    if structure is not None and structure.order in ("wanda", "taylor"):
+        run.calibration(model, structure.calibration)

@@ -97,7 +97,14 @@ def search(
 ) -> None:
     """Score sub-adapters on the validation examples and choose the best."""
     with _errors(), _run(source, out, set_, update) as work:
-        result = work.search()
+        from elastune.choose import allocate_budgets
+        from elastune.choose import search as search_run
+
+        result = search_run(work)
+        allocate_budgets(work)
+        if not result.trials:
+            _show({"best": None} if json_ else "search.trials is 0: nothing was searched")
+            return
         best = result.best()
         if json_:
             _show({"best": dict(best.config), "values": dict(best.values)})
@@ -122,10 +129,10 @@ def extract(
 ) -> None:
     """Write sub-adapters as stock PEFT adapters under RUN/subnets."""
     with _errors(), _run(source, None, None, False) as work:
-        from elastune.run import named_config
+        from elastune.choose import chosen, extract_chosen, named_config
         from elastune.space import SearchSpace
 
-        known = work.chosen()
+        known = chosen(work)
         space = SearchSpace.from_dict(json.loads(work.dir.space.read_text()))
         wanted = {}
         for text in config or list(known):
@@ -133,7 +140,7 @@ def extract(
             if folder in wanted:
                 raise BadRecipe(f"two configurations for subnets/{folder}", try_="one at a time")
             wanted[folder] = known.get(text) or named_config(space, text)
-        work.extract(wanted)
+        extract_chosen(work, wanted)
         folders = [str(work.dir.subnets / key) for key in wanted]
         _show({"subnets": folders} if json_ else "\n".join(folders))
 

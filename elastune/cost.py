@@ -1,96 +1,380 @@
-"""What a sub-network costs: parameters, non-zeros and MACs by counting; latency by measuring.
+"""What a sub-network costs by counting: parameters, non-zeros and MACs, from its sizes alone.
 
-MACs (multiply-accumulates) are of one forward pass over ``T`` tokens and count every linear layer,
-the adapter, the head, and the two products of attention; masked pairs count as computed. Zeros
-are not left out of MACs: common kernels compute them.
-
-Shapes: `T` tokens, `I` in features, `O` out features, `r` rank.
+What counts as a MAC is in `elastune.macs`. What is measured is in `elastune.latency` and
+`elastune.memory`.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastune.models import architecture
-from elastune.space import SubnetConfig
+from elastune.elastic.lora import ElasticLoRALinear
+from elastune.linears import in_features, is_linear, out_features, weight_of
+from elastune.macs import Row, Work, total
+from elastune.models.architecture import Architecture, type_of
+from elastune.models.blocks import PARTS, Block, Part, Weights, blocks
+from elastune.models.families import record_for
+from elastune.space import DimKind, ElasticDim, SearchSpace, SubnetConfig
+from elastune.structure import STRUCTURE_KINDS, full_size
 from elastune.supernet import SuperNetwork
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, parameters that are not zero, and MACs of one forward pass."""
+    """What a network of one size costs.
+
+    Attributes:
+        params: parameters, tied ones once.
+        nonzero: parameters that are not zero.
+        macs: MACs of one forward pass over ``T`` tokens, batch 1, logits of all of them included.
+        decode_macs: MACs of one more token with ``T`` tokens in the cache; 0 for encoders.
+        block_macs: the part of ``macs`` that is spent inside the blocks: no head, no embedding.
+    """
 
     params: int
     nonzero: int
     macs: int
+    decode_macs: int = 0
+    block_macs: int = 0
 
 
 def model_cost(model: PreTrainedModel, tokens: int) -> Cost:
-    """Count a plain model: each parameter once, tied weights too.
+    """Count a plain model, one extracted from a super-network too.
 
     Args:
         model: without adapters.
-        tokens: length of the forward pass that MACs are for.
+        tokens: length ``T`` of the forward pass that MACs are for.
+
+    Raises:
+        UnsupportedModel: unknown family.
     """
     parameters = list(model.parameters())
+    work = Work(model, tokens)
+    outside = total([work.linear(name, m) for name, m in work.linears() if not work.in_block(name)])
+    inside = [work.linear(name, m) for name, m in work.linears() if work.in_block(name)]
+    inside += [work.attention(i, _attention_width(b, work.record)) for i, b in work.blocks()]
+    within = total(inside)
     return Cost(
         sum(p.numel() for p in parameters),
         sum(int(torch.count_nonzero(p)) for p in parameters),
-        _linear_macs(model, tokens) + _attention_macs(model, tokens),
+        outside.macs + within.macs,
+        outside.decode_macs + within.decode_macs,
+        within.macs,
     )
+
+
+def _attention_width(block: nn.Module, record: Architecture) -> int:
+    """Return query heads times head size; 0 where the attention is absent."""
+    modules = dict(block.named_modules())
+    output = modules.get(record.roles["o"])
+    return 0 if output is None else in_features(output)
 
 
 class CostModel:
     """The cost of any configuration of a super-network, from the configuration alone.
 
-    The model is counted once; a configuration then costs one sum over the dims.
+    The model is counted once, each block at each of its sizes; a configuration then costs one
+    look-up a block, whichever configuration is active.
+
+    Args:
+        net: with any mix of dims.
+        tokens: length ``T`` of the forward pass that MACs are for.
+        merged: count sub-networks whose adapter is added to the weights. It costs nothing then, but
+            leaves no zeros in the weights it is added to. Otherwise all its weights count, as
+            non-zero.
     """
 
-    def __init__(self, net: SuperNetwork, tokens: int) -> None:
+    def __init__(self, net: SuperNetwork, tokens: int, *, merged: bool = False) -> None:
+        self._space = net.space
+        self._merged = merged
         adapters = {id(p) for a in net.adapters.values() for p in (a.lora_A, a.lora_B)}
-        base = [p for p in net.model.parameters() if id(p) not in adapters]
-        self._params = sum(p.numel() for p in base)
-        self._nonzero = sum(int(torch.count_nonzero(p)) for p in base)
-        self._macs = _linear_macs(net.model, tokens) + _attention_macs(net.model, tokens)
-        self._tokens = tokens
-        self._per_rank = {
-            dim.name: sum(
-                net.adapters[name].in_features + net.adapters[name].out_features
-                for name in dim.modules
-            )
-            for dim in net.space.dims
-        }
+        work = Work(net.model, tokens)
+        found = net.structure.blocks if net.structure is not None else blocks(net.model)
+        tables = [_BlockTable(block, net, work, adapters) for block in found]
+        inside = {id(p) for block in found for p in block.module.parameters()}
+        rest = [p for p in net.model.parameters() if id(p) not in inside | adapters]
+        rows = [_counted(rest)]
+        rows += [work.linear(name, m) for name, m in work.linears() if not work.in_block(name)]
+        self._outside = total(rows)
+        self._outside_ranks = [
+            (dim, _adapter_sizes(name, work, _Cut(net.adapters[name]).at(None)))
+            for name, dim in _rank_dims(net).items()
+            if not work.in_block(name)
+        ]
+        # A search meets the same few choices of a block again and again.
+        self._blocks: list[tuple[tuple[str, ...], Callable[..., Row]]] = [
+            (table.dims, lru_cache(maxsize=4096)(partial(table.row, merged))) for table in tables
+        ]
 
     def __call__(self, config: SubnetConfig) -> Cost:
-        """Return the cost of base and unmerged adapter; all adapter weights count as non-zero."""
-        adapter = sum(config[name] * width for name, width in self._per_rank.items())
+        """Return the cost of a sub-network.
+
+        Raises:
+            InvalidSubnet: not in the space.
+        """
+        params = nonzero = macs = decode = 0
+        try:
+            for dims, row_at in self._blocks:
+                row = row_at(*[config[name] for name in dims])
+                params += row[0]
+                nonzero += row[1]
+                macs += row[2]
+                decode += row[3]
+            rest = [self._outside]
+            rest += [
+                _adapter_row(sizes, config[dim], self._merged) for dim, sizes in self._outside_ranks
+            ]
+        except KeyError:
+            self._space.check(config)
+            raise
+        outside = total(rest)
         return Cost(
-            self._params + adapter, self._nonzero + adapter, self._macs + adapter * self._tokens
+            params + outside.params,
+            nonzero + outside.nonzero,
+            macs + outside.macs,
+            decode + outside.decode_macs,
+            macs,
         )
 
 
-def _linear_macs(model: PreTrainedModel, tokens: int) -> int:
-    once = tuple(f"{name}." for name in architecture(model).once_names(model))
-    return sum(
-        (1 if f"{name}.".startswith(once) else tokens) * module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    )
+def _counted(parameters: Sequence[nn.Parameter]) -> Row:
+    """Count parameters and those that are not zero."""
+    nonzero = sum(int(torch.count_nonzero(p)) for p in parameters)
+    return Row(sum(p.numel() for p in parameters), nonzero)
 
 
-def _attention_macs(model: PreTrainedModel, tokens: int) -> int:
-    """Return the MACs of Q K^T and of the weighted sum over V, over all blocks."""
-    record = architecture(model)
-    queries = record.linear_names(model, ["q"])
-    widths = [int(model.get_submodule(name).out_features) for name in queries]  # type: ignore[arg-type]
-    return sum(2 * tokens * tokens * width for width in widths)
+def _rank_dims(net: SuperNetwork) -> dict[str, str]:
+    """Return module name -> its rank dim."""
+    return {name: dim.name for dim in net.space.dims if dim.kind == "rank" for name in dim.modules}
+
+
+class _Slice(NamedTuple):
+    """The active part of a linear layer or norm."""
+
+    params: int
+    nonzero: int
+    weights: int
+    """In features times out features; 0 for a norm."""
+    features: int
+    """In and out features together; 0 for a norm."""
+    zeros: int
+    """In the weight, where a merged adapter leaves none."""
+
+
+class _Cut:
+    """Counts parts of a linear layer or norm that are some of its rows or columns.
+
+    Args:
+        module: the layer, its adapter around it or not.
+        dim: 0 for rows, with their biases; 1 for columns.
+    """
+
+    def __init__(self, module: nn.Module, dim: Literal[0, 1] = 0) -> None:
+        self._module: Any = module.base if isinstance(module, ElasticLoRALinear) else module
+        self._dim = dim
+        self._nonzero: list[tuple[Tensor, int]] | None = None
+
+    def at(self, index: Tensor | None) -> _Slice:
+        """Count what ``index`` takes; None takes all, of a quantised layer too."""
+        module = self._module
+        whole = _counted(list(module.parameters(recurse=False)))
+        if not is_linear(module):
+            rows = whole if index is None else self._taken(index)
+            return _Slice(rows.params, rows.nonzero, 0, 0, 0)
+        sizes = [out_features(module), in_features(module)]
+        if index is None:
+            zeros = module.weight.numel() - int(torch.count_nonzero(module.weight))
+            return _Slice(whole.params, whole.nonzero, sizes[0] * sizes[1], sum(sizes), zeros)
+        sizes[self._dim] = len(index)
+        weights = sizes[0] * sizes[1]
+        taken = self._taken(index)
+        per_line, _ = self._lines()[0]
+        zeros = weights - int(per_line[index].sum())
+        return _Slice(taken.params, taken.nonzero, weights, sum(sizes), zeros)
+
+    def _taken(self, index: Tensor) -> Row:
+        """Count the parameters in some rows or columns."""
+        lines = [(nonzero[index], size) for nonzero, size in self._lines()]
+        params = sum(len(nonzero) * size for nonzero, size in lines)
+        taken = Row(params, sum(int(nonzero.sum()) for nonzero, _ in lines))
+        # With some of the columns the bias stays whole.
+        bias = getattr(self._module, "bias", None) if self._dim == 1 else None
+        return taken if bias is None else total([taken, _counted([bias])])
+
+    def _lines(self) -> list[tuple[Tensor, int]]:
+        """Return non-zeros in each row (or column) of each parameter, and a row's size."""
+        if self._nonzero is None:
+            module = self._module
+            if is_linear(module):
+                weight = weight_of(module)
+                per_line = torch.count_nonzero(weight, dim=1 - self._dim).cpu()
+                self._nonzero = [(per_line, weight.shape[1 - self._dim])]
+            else:
+                self._nonzero = []
+            flat = [p for p in module.parameters(recurse=False) if p.dim() == 1]
+            if self._dim == 0:
+                self._nonzero += [((p != 0).long().cpu(), 1) for p in flat]
+        return self._nonzero
+
+
+class _AdapterSizes(NamedTuple):
+    """What an adapter of rank 1 costs at some size of the layer it is added to."""
+
+    features: int
+    """In and out features together."""
+    macs: int
+    decode_macs: int
+    zeros: int
+    """In the layer's active weight."""
+
+
+def _adapter_sizes(name: str, work: Work, active: _Slice) -> _AdapterSizes:
+    prefill, decode = work.positions(name)
+    features = active.features
+    return _AdapterSizes(features, features * prefill, features * decode, active.zeros)
+
+
+def _adapter_row(sizes: _AdapterSizes, rank: int, merged: bool) -> Row:
+    """Return what an adapter of some rank costs."""
+    if rank == 0:
+        return Row()
+    if merged:
+        return Row(nonzero=sizes.zeros)
+    params = rank * sizes.features
+    return Row(params, params, rank * sizes.macs, rank * sizes.decode_macs)
+
+
+_Adapters = list[tuple[str, _AdapterSizes]]
+"""Rank dim and sizes of adapters."""
+
+
+class _Half(NamedTuple):
+    """One half of a block at each of its sizes."""
+
+    dim: str | None
+    full: int
+    rows: dict[int, Row]
+    adapters: dict[int, _Adapters]
+
+
+class _BlockTable:
+    """What one block costs at each of its sizes.
+
+    Args:
+        block: of the super-network.
+        net: all of it.
+        work: of its model.
+        adapters: ids of all adapters' parameters.
+    """
+
+    def __init__(self, block: Block, net: SuperNetwork, work: Work, adapters: set[int]) -> None:
+        self._block, self._work = block, work
+        self._cuts = cuts_of(block, net.space)
+        ranks = _rank_dims(net)
+        prefix = f"{block.name}."
+        self._ranks = {n.removeprefix(prefix): d for n, d in ranks.items() if n.startswith(prefix)}
+        self._adapters = adapters
+        self._halves = [self._half(part) for part in PARTS]
+        sliced = [f"{prefix}{w.path}" for part in PARTS for w in self._weights(part, None)]
+        self._fixed = self._unsliced(sliced)
+        names = [dim.name for dim in self._cuts.values()]
+        self.dims = (*names, *dict.fromkeys(self._ranks.values()))
+
+    def row(self, merged: bool, *choices: int) -> Row:
+        """Return the cost at ``choices``, in the order of ``dims``."""
+        chosen = dict(zip(self.dims, choices, strict=True))
+        if "depth" in self._cuts and chosen[self._cuts["depth"].name] == 0:
+            return Row()
+        rows = [self._fixed[0]]
+        present = list(self._fixed[1])
+        for half in self._halves:
+            size = half.full if half.dim is None else chosen[half.dim]
+            rows.append(half.rows[size])
+            present += half.adapters[size]
+        rows += [_adapter_row(sizes, chosen[dim], merged) for dim, sizes in present]
+        return total(rows)
+
+    def _weights(self, part: Part, size: int | None) -> list[Weights]:
+        """Return the weights of a half that are active at a size; None for all."""
+        per_unit = self._block.heads_per_unit if part == "heads" else 1
+        size = full_size(self._block, part) if size is None else size
+        return list(self._block.weights_of(part, torch.arange(size // per_unit)))
+
+    def _half(self, part: Part) -> _Half:
+        """Count one half at each of its sizes."""
+        block, work = self._block, self._work
+        full = full_size(block, part)
+        dim = self._cuts.get(part)
+        cuts = {
+            w.path: _Cut(block.module.get_submodule(w.path), w.dim)
+            for w in self._weights(part, full)
+        }
+        rest = _counted(self._rest_of(part, list(cuts)))
+        rows, adapters = {0: Row()}, {0: _Adapters()}
+        for size in {full, *(dim.choices if dim else ())} - {0}:
+            found, rows_here = _Adapters(), [rest]
+            for weights in self._weights(part, size):
+                name = f"{block.name}.{weights.path}"
+                active = cuts[weights.path].at(None if size == full else weights.index)
+                prefill, decode = work.positions(name)
+                macs = (active.weights * prefill, active.weights * decode)
+                rows_here.append(Row(active.params, active.nonzero, *macs))
+                if weights.path in self._ranks:
+                    sizes = _adapter_sizes(name, work, active)
+                    found.append((self._ranks[weights.path], sizes))
+            if part == "heads":
+                rows_here.append(work.attention(block.index, size * block.head_dim))
+            rows[size], adapters[size] = total(rows_here), found
+        return _Half(dim.name if dim else None, full, rows, adapters)
+
+    def _part_ids(self, part: Part) -> set[int]:
+        """Return the ids of the parameters that are gone when a half is."""
+        paths = [self._block.record.roles[role] for role in self._block.roles_of(part)]
+        if part == "heads":
+            paths.append(self._block.record.attention.path)
+        modules = [self._block.module.get_submodule(path) for path in paths]
+        return {id(p) for module in modules for p in module.parameters()} - self._adapters
+
+    def _rest_of(self, part: Part, sliced: Sequence[str]) -> list[nn.Parameter]:
+        """Return the parameters of a half that do not follow its size, such as norms of a head."""
+        modules = [self._block.module.get_submodule(path) for path in sliced]
+        seen = {id(p) for module in modules for p in module.parameters()}
+        ids = self._part_ids(part) - seen
+        return [p for p in self._block.module.parameters() if id(p) in ids]
+
+    def _unsliced(self, sliced: Sequence[str]) -> tuple[Row, _Adapters]:
+        """Count what belongs to no half: norms over the hidden size, further linear layers."""
+        block, work = self._block, self._work
+        halves = {i for part in PARTS for i in self._part_ids(part)} | self._adapters
+        rows = [_counted([p for p in block.module.parameters() if id(p) not in halves])]
+        adapters = _Adapters()
+        for name, module in work.linears():
+            if name.startswith(f"{block.name}.") and name not in sliced:
+                rows.append(work.linear(name, module))
+                path = name.removeprefix(f"{block.name}.")
+                if path in self._ranks:
+                    sizes = _adapter_sizes(name, work, _Cut(module).at(None))
+                    adapters.append((self._ranks[path], sizes))
+        return total(rows), adapters
+
+
+def cuts_of(block: Block, space: SearchSpace) -> dict[DimKind, ElasticDim]:
+    """Return kind -> the dim that cuts a block."""
+    found: dict[DimKind, ElasticDim] = {}
+    for dim in space.dims:
+        is_here = any(f"{name}.".startswith(f"{block.name}.") for name in dim.modules)
+        if is_here and dim.kind in STRUCTURE_KINDS:
+            found[dim.kind] = dim
+    return found
 
 
 @torch.inference_mode()
@@ -102,7 +386,7 @@ def prefill_latency_ms(
     ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     options: dict[str, Any] = {}
-    if architecture(model).kind == "decoder":
+    if record_for(type_of(model)).kind == "decoder":
         options["logits_to_keep"] = 1
     times = []
     for repeat in range(warmup + repeats):

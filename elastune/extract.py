@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elastune.errors import InvalidSubnet
 from elastune.files import whole_folder, write_text
+from elastune.linears import is_transposed
 from elastune.space import SubnetConfig
 from elastune.supernet import SuperNetwork
 
@@ -31,12 +32,14 @@ class PeftAdapter:
         weights: module name -> (A ``(r, I)``, B ``(O, r)``, what multiplies B A).
         task_type: of the model it belongs to; None unless it is a causal language model.
         head: module name -> its trained weights; empty unless the head was trained, too.
+        transposed: the modules keep their weights as ``(I, O)`` (`Conv1D` of GPT-2).
     """
 
     config: SubnetConfig
     weights: dict[str, tuple[Tensor, Tensor, float]]
     task_type: TaskType | None
     head: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    transposed: bool = False
 
     def save(self, folder: Path, *, base: str | None = None) -> None:
         """Write ``adapter_config.json``, ``adapter_model.safetensors`` and ``subnet.json``.
@@ -68,6 +71,7 @@ class PeftAdapter:
             modules_to_save=sorted(self.head) or None,
             base_model_name_or_path=base,
             task_type=self.task_type,
+            fan_in_fan_out=self.transposed,
             inference_mode=True,
         )
         tensors = {}
@@ -119,4 +123,5 @@ def sub_adapter(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
     is_causal = name.endswith(("CausalLM", "LMHeadModel"))
     task_type = TaskType.CAUSAL_LM if is_causal else None
     head = {name: net.model.get_submodule(name).state_dict() for name in net.trained}
-    return PeftAdapter(config, weights, task_type, head)
+    transposed = all(is_transposed(net.adapters[name].base) for name in weights)
+    return PeftAdapter(config, weights, task_type, head, transposed)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from elastune.build_space import lora_space
-from elastune.config import AdapterConfig, TrainConfig
+from elastune.build_structure import structure_space
+from elastune.config import AdapterConfig, StructureConfig, TrainConfig
 from elastune.extract import extract
 from elastune.heads import HEADS
 from elastune.models import architecture, save_model
@@ -89,6 +90,7 @@ def plain(
     if update == "full":
         cfg = cfg.model_copy(update={"learning_rate": cfg.full_learning_rate})
         return WholeModel(model), FixedSampler(), cfg
+    cfg = cfg.model_copy(update={"update": "adapter"})
     seed = cfg.seed or 0
     space = only_largest(adapter_space(model, adapter))
     return adapted(model, head, space, adapter, seed), RandomSampler(space, seed), cfg
@@ -101,10 +103,36 @@ def adapter_space(model: PreTrainedModel, cfg: AdapterConfig) -> SearchSpace:
     )
 
 
+def net_space(
+    model: PreTrainedModel, adapter: AdapterConfig, structure: StructureConfig | None
+) -> SearchSpace:
+    """Build the search space of a recipe: ranks, and the model's structure if it is elastic."""
+    cuts = None
+    if structure is not None:
+        cuts = structure_space(
+            model,
+            ffn=structure.ffn,
+            heads=structure.heads,
+            depth=structure.depth,
+            round_to=structure.round_to,
+            shared=structure.shared,
+        )
+        if not adapter.ranks:
+            return cuts
+    ranks = adapter_space(model, adapter)
+    return ranks if cuts is None else ranks + cuts
+
+
 def adapted(
-    model: PreTrainedModel, head: HeadName, space: SearchSpace, cfg: AdapterConfig, seed: int
+    model: PreTrainedModel,
+    head: HeadName,
+    space: SearchSpace,
+    cfg: AdapterConfig,
+    seed: int,
+    *,
+    train_base: bool = False,
 ) -> SuperNetwork:
-    """Give a model elastic adapters, and train a task's own head whole."""
+    """Make a model elastic, and train a task's own head whole."""
     trained = [] if head == "causal-lm" else architecture(model).head_names(model)
     return SuperNetwork(
         model,
@@ -114,6 +142,7 @@ def adapted(
         scaling=cfg.scaling,
         seed=seed,
         trained=trained,
+        train_base=train_base,
     )
 
 

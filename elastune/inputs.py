@@ -32,7 +32,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
 
     Args:
         recipe: of the run.
-        stage: sparsify, train, search, or the name of a baseline.
+        stage: sparsify, train, search, allocate, or the name of a baseline.
         sources: what `source_hashes` returned.
     """
     task = recipe.task.model_copy(update={"limit": None})  # of the report alone
@@ -40,13 +40,22 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     model = [recipe.model, recipe.dtype, recipe.seed, task, sources.get("model")]
     data: list[Any] = [task, recipe.data, recipe.seed, sources.get("task")]
     base: list[Any] = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
-    if recipe.sparsify.calibration.source == "task":
-        base += data
+    texts = [recipe.sparsify.calibration.source]
     trained = [*data, recipe.adapter, recipe.train]
+    cut: list[Any] = []
+    structure = recipe.structure
+    if structure is not None:
+        base += [structure.order, structure.calibration, sources.get("order")]
+        texts.append(structure.calibration.source)
+        cut = [structure.ffn, structure.heads, structure.depth]
+        cut += [structure.round_to, structure.shared]
+    if "task" in texts:
+        base += data
     parts: dict[str, list[Any]] = {
         "sparsify": base,
-        "train": [*base, *trained],
-        "search": [*base, *trained, recipe.search],
+        "train": [*base, *trained, *cut],
+        "search": [*base, *trained, *cut, recipe.search],
+        "allocate": [*base, *trained, *cut, *_budgets(recipe)],
         "dense": model,
         "dense+full": [*model, *data, recipe.train],
         "dense+lora": [*model, *trained],
@@ -54,6 +63,14 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "sparse+lora": [*base, *trained],
     }
     return fingerprint(*parts[stage])
+
+
+def _budgets(recipe: Recipe) -> list[Any]:
+    structure = recipe.structure
+    length = recipe.evaluate.macs_length
+    if structure is None:
+        return []
+    return [structure.budgets, structure.allocation, structure.probes, length]
 
 
 def report_key(task: TaskConfig) -> str:
@@ -73,6 +90,8 @@ def source_hashes(recipe: Recipe, recorded: Mapping[str, str]) -> dict[str, str]
         "task": [recipe.task.name],
         "calibration": [recipe.sparsify.calibration.source],
     }
+    if recipe.structure is not None:
+        named["order"] = [recipe.structure.calibration.source]
     for task in recipe.report_tasks:
         named[report_key(task)] = [task.name, str(task.options.get("report") or "")]
     found: dict[str, str] = {}

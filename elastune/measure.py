@@ -8,18 +8,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from elastune.choose import chosen
 from elastune.config import TaskConfig
-from elastune.cost import Cost, CostModel, model_cost, prefill_latency_ms
+from elastune.cost import Cost, CostModel, model_cost
 from elastune.evaluate import evaluate
 from elastune.files import remove, write_text
 from elastune.inputs import fingerprint, report_key
+from elastune.latency import Conditions, measure_latency
 from elastune.run import Run
 from elastune.space import SubnetConfig
+from elastune.subnetwork import extract_model
 from elastune.supernet import SuperNetwork
 from elastune.tasks.base import Score
 from elastune.whole_model import WholeModel
-
-SUBNETS = ("largest", "heuristic", "smallest", "best")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def systems(run: Run, names: list[str] | None = None) -> list[System]:
             found.append(System(name, key, run.load_sparse))
         else:
             found.append(System(name, key, lambda name=name: run.load_baseline(name)))  # type: ignore[misc]
-    for name, config in run.chosen().items():
+    for name, config in chosen(run).items():
         key = run.inputs("train", config.to_json())
         found.append(System(name, key, run.load_supernet, config))
     return [system for system in found if names is None or system.name in names]
@@ -154,7 +155,7 @@ class _Table:
 
     def save(self) -> None:
         """Write the rows in the order of systems and tasks, if they changed."""
-        names = [*self.run.recipe.baselines, *SUBNETS]
+        names = [*self.run.recipe.baselines, *chosen(self.run)]
         labels = [task.label for task in self.run.recipe.report_tasks]
         labels += [task for _, task in self._rows if task not in labels]
         places = sorted(
@@ -201,20 +202,35 @@ def _loaded(
             loaded = loaded.model
         if isinstance(loaded, SuperNetwork):
             config = system.config or loaded.space.largest()
+            if _leaves_merged(run):
+                model = extract_model(loaded, config).model
+                yield system, model, config, model_cost(model, tokens)
+                continue
             loaded.activate(config)
             yield system, loaded.model, config, CostModel(loaded, tokens)(config)
         else:
             yield system, loaded, None, model_cost(loaded, tokens)
 
 
+def _leaves_merged(run: Run) -> bool:
+    """Tell whether what is scored are models of their own, with the adapter in their weights.
+
+    Then all systems are alike: a baseline's LoRA is added to its weights, too.
+    """
+    return run.recipe.structure is not None and run.recipe.structure.merge
+
+
 def _timed(
     run: Run, name: str, model: PreTrainedModel, measurement: Measurement, key: str
 ) -> dict[str, Any]:
     """Score one model on one task, with its latency if the recipe asks for it."""
-    latency = None
+    latency: dict[str, float | None] = {"latency_ms": None, "decode_latency_ms": None}
     if run.recipe.evaluate.latency:
-        latency = round(prefill_latency_ms(model, run.recipe.evaluate.macs_length), 3)
-    return measurement.score(name, model, key) | {"latency_ms": latency}
+        found = measure_latency(model, Conditions(prompt_tokens=run.recipe.evaluate.macs_length))
+        decode = found.decode_ms_per_token
+        latency["latency_ms"] = round(found.prefill_ms, 3)
+        latency["decode_latency_ms"] = None if decode is None else round(decode, 3)
+    return measurement.score(name, model, key) | latency
 
 
 def _score_task(
@@ -263,6 +279,7 @@ _FIELDS = [
     "nonzero",
     "macs",
     "latency_ms",
+    "decode_latency_ms",
     "seconds",
     "config",
     "notes",

@@ -17,22 +17,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.artifacts import RunDirectory
 from elastune.calibration_text import calibration_texts
-from elastune.config import Recipe, TaskConfig, TrainConfig
-from elastune.cost import CostModel
+from elastune.config import CalibrationConfig, Recipe, TaskConfig, TrainConfig
 from elastune.data import Splits, calibration_rows, make_splits
-from elastune.errors import BadArtifact, BadRecipe
-from elastune.extract import extract
+from elastune.errors import BadArtifact
 from elastune.files import read_json, whole_folder, write_json
-from elastune.finetune import adapted, adapter_space, plain, save_tuned
+from elastune.finetune import adapted, net_space, plain, save_tuned
 from elastune.heads import HEADS
+from elastune.importance.structure import structure_scores
 from elastune.inputs import fingerprint, stage_inputs
 from elastune.leaks import check_text_leaks
 from elastune.models import load_model, write_model
-from elastune.objective import make_objective
 from elastune.progress import Reporter
+from elastune.reorder import reorder_
 from elastune.sampling import make_sampler
-from elastune.search import SearchResult, search
-from elastune.space import SearchSpace, SubnetConfig
+from elastune.space import SearchSpace
 from elastune.sparsify import Sparsity, sparsify_, sparsity_report
 from elastune.supernet import SuperNetwork
 from elastune.tasks import Task, get_task
@@ -97,7 +95,7 @@ class Run:
             report,
             n_train=recipe.data.n_train,
             n_validation=recipe.data.n_validation,
-            n_calibration=4 * recipe.sparsify.calibration.n_sequences,
+            n_calibration=4 * max(cfg.n_sequences for cfg in calibrations(recipe)),
             seed=recipe.seed,
             leaks=recipe.data.leaks,
         )
@@ -112,9 +110,7 @@ class Run:
         chosen = np.random.default_rng(0).choice(len(examples), cfg.limit, replace=False)
         return [examples[i] for i in sorted(chosen)]
 
-    @cached_property
-    def _calibration_texts(self) -> list[str]:
-        cfg = self.recipe.sparsify.calibration
+    def _calibration_texts(self, cfg: CalibrationConfig) -> list[str]:
         if cfg.source == "task":
             return [example.plain_text for example in self.splits.calibration]
         texts = calibration_texts(cfg.source, self.recipe.data.dir)
@@ -124,12 +120,11 @@ class Run:
             self.reporter.say(note)
         return kept
 
-    def calibration(self, model: PreTrainedModel) -> Tensor:
-        """Return the token ids ``(N, L)`` that the sparsifier looks at."""
-        cfg = self.recipe.sparsify.calibration
+    def calibration(self, model: PreTrainedModel, cfg: CalibrationConfig) -> Tensor:
+        """Return the token ids ``(N, L)`` that a sparsifier or an order looks at."""
         longest = getattr(model.config, "max_position_embeddings", None) or cfg.length
         return calibration_rows(
-            self._calibration_texts,
+            self._calibration_texts(cfg),
             self.tokenizer,
             n_sequences=cfg.n_sequences,
             length=min(cfg.length, longest),
@@ -184,37 +179,51 @@ class Run:
     # -- stages ----------------------------------------------------------------------------
 
     def sparsify(self) -> None:
-        """Prune the base and save it with its account of zeros."""
+        """Prune and reorder the base as the recipe says; save it with its account of zeros."""
         inputs = self.inputs("sparsify")
         if self.dir.is_done("sparsify", inputs):
             return
         cfg = self.recipe.sparsify
         model, tokenizer = self.load_dense()
-        with (
-            self.dir.stage("sparsify", inputs, self.dir.base),
-            self.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar,
-        ):
+        with self.dir.stage("sparsify", inputs, self.dir.base):
             if self.sparsity.ratio > 0:
-                rows = None if cfg.method == "magnitude" else self.calibration(model)
-                sparsify_(model, cfg.method, self.sparsity, rows, progress=bar)
+                with self.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar:
+                    is_blind = cfg.method == "magnitude"
+                    rows = None if is_blind else self.calibration(model, cfg.calibration)
+                    sparsify_(model, cfg.method, self.sparsity, rows, progress=bar)
+            self._reorder(model)
             report = sparsity_report(model, method=cfg.method, sparsity=self.sparsity)
             with whole_folder(self.dir.base) as partial:
                 write_model(model, tokenizer, partial)
                 write_json(partial / self.dir.sparsity.name, report)
-        self.reporter.say(f"{report['total']['sparsity']:.2%} of the blocks' weights are zero")
+        if self.sparsity.ratio > 0:
+            share = report["total"]["sparsity"]
+            self.reporter.say(f"{share:.2%} of the blocks' weights are zero")
+
+    def _reorder(self, model: PreTrainedModel) -> None:
+        """Sort heads and channels, best first; the model computes what it did."""
+        cfg = self.recipe.structure
+        if cfg is None or cfg.order == "natural" or (cfg.ffn is None and cfg.heads is None):
+            return
+        rows = None if cfg.order == "magnitude" else self.calibration(model, cfg.calibration)
+        self.reporter.say(
+            f"heads and channels are sorted by {cfg.order}, so that the best are kept"
+        )
+        reorder_(model, structure_scores(model, rows, method=cfg.order))
 
     def train_supernet(self) -> None:
-        """Train the elastic adapter on the sparse base."""
+        """Train the super-network: all its sub-networks at once."""
         inputs = self.inputs("train")
         if self.dir.is_done("train", inputs):
             return
         model = self.load_sparse()
-        space = adapter_space(model, self.recipe.adapter)
+        space = net_space(model, self.recipe.adapter, self.recipe.structure)
         with self.dir.stage("train", inputs, self.dir.supernet, self.dir.space):
             write_json(self.dir.space, space.to_dict())
-            sampler = make_sampler(self.recipe.train.sampler, space, self.recipe.seed)
+            cfg = self.recipe.train
+            sampler = make_sampler(cfg.sampler, space, self.recipe.seed, n_random=cfg.n_random)
             net = self._adapted(model, space)
-            self._train(net, sampler, self.train_config, self.dir.supernet, "super-adapter")
+            self._train(net, sampler, self.train_config, self.dir.supernet, "super-network")
 
     def train_baseline(self, name: str) -> None:
         """Train all weights, or a plain LoRA of the largest ranks, for the same steps and batches.
@@ -248,7 +257,14 @@ class Run:
     def _adapted(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
         """Make a model elastic as the recipe says."""
         seed = self.train_config.seed or 0
-        return adapted(model, self._as_loaded["head"], space, self.recipe.adapter, seed)
+        return adapted(
+            model,
+            self._as_loaded["head"],
+            space,
+            self.recipe.adapter,
+            seed,
+            train_base=self.recipe.train.update == "full",
+        )
 
     def _train(self, net: Trainee, sampler: Any, cfg: TrainConfig, folder: Any, title: str) -> None:
         head = HEADS[self._as_loaded["head"]]
@@ -283,94 +299,8 @@ class Run:
         load_trained(net, self.dir.baseline(name))
         return net
 
-    def search(self) -> SearchResult:
-        """Score configurations on the validation examples."""
-        cfg = self.recipe.search
-        inputs = self.inputs("search")
-        if self.dir.is_done("search", inputs):
-            return SearchResult.from_dict(read_json(self.dir.trials))
-        net = self.load_supernet()
-        objective, values = make_objective(
-            net,
-            self.tokenizer,
-            self.task(self.recipe.task),
-            self.splits.validation,
-            CostModel(net, self.recipe.evaluate.macs_length),
-            kind=cfg.objective,
-            batch_tokens=self.recipe.evaluate.batch_tokens,
-        )
-        with (
-            self.dir.stage("search", inputs, self.dir.trials, self.dir.journal),
-            self.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar,
-        ):
-            result = search(
-                net.space,
-                objective,
-                values=values,
-                algorithm=cfg.algorithm,
-                trials=cfg.trials,
-                storage=self.dir.journal,
-                seed=self.recipe.seed,
-                progress=lambda done, total, trial: bar(
-                    done, total, f"{values[0]} {trial.values[values[0]]:.4f}"
-                ),
-            )
-            write_json(self.dir.trials, result.to_dict())
-        return result
 
-    def chosen(self) -> dict[str, SubnetConfig]:
-        """Return the named sub-networks: largest, heuristic, smallest, and best if searched.
-
-        Plain fine-tuning has none.
-        """
-        if self.recipe.method == "finetune":
-            return {}
-        space = SearchSpace.from_dict(read_json(self.dir.space))
-        configs = {
-            "largest": space.largest(),
-            "heuristic": space.heuristic(),
-            "smallest": space.smallest(),
-        }
-        if self.dir.is_done("search", self.inputs("search")):
-            result = SearchResult.from_dict(read_json(self.dir.trials))
-            if result.trials:
-                configs["best"] = result.best().config
-        return configs
-
-    def extract(self, configs: Mapping[str, SubnetConfig]) -> None:
-        """Write named sub-adapters as stock PEFT adapters under ``subnets/``."""
-        wanted = {name: self.inputs("train", config.to_json()) for name, config in configs.items()}
-        todo = {n: c for n, c in configs.items() if not self.dir.is_done(f"extract/{n}", wanted[n])}
-        if not todo:
-            return
-        net = self.load_supernet()
-        for name, config in todo.items():
-            if not any(config.values()):
-                self.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
-                continue
-            folder = self.dir.subnets / name
-            with self.dir.stage(f"extract/{name}", wanted[name], folder):
-                extract(net, config).save(folder, base=str(self.dir.base.resolve()))
-
-
-def named_config(space: SearchSpace, text: str) -> SubnetConfig:
-    """Read a configuration given as largest, heuristic, smallest, or JSON.
-
-    Raises:
-        BadRecipe: none of these.
-        InvalidSubnet: JSON, but not in the space.
-    """
-    named = {
-        "largest": space.largest,
-        "heuristic": space.heuristic,
-        "smallest": space.smallest,
-    }
-    if text in named:
-        return named[text]()
-    if not text.lstrip().startswith("{"):
-        raise BadRecipe(
-            f"{text!r} is neither {', '.join(named)}, best nor a JSON object of dim -> choice"
-        )
-    config = SubnetConfig.from_json(text)
-    space.check(config)
-    return config
+def calibrations(recipe: Recipe) -> list[CalibrationConfig]:
+    """Return all settings of calibration text that a recipe has."""
+    found = [recipe.sparsify.calibration]
+    return found if recipe.structure is None else [*found, recipe.structure.calibration]

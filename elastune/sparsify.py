@@ -27,6 +27,7 @@ from elastune.importance import (
     wanda_scores,
 )
 from elastune.importance.base import zeros_per_row
+from elastune.linears import in_features, weight_of
 from elastune.models import architecture
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
@@ -126,11 +127,12 @@ def sparsify_(
         progress: called with (blocks done, blocks in all).
 
     Returns:
-        Weight name -> bool mask of what was kept, ``(O, I)``.
+        Weight name -> bool mask of what was kept, ``(O, I)``, of `Conv1D` too.
 
     Raises:
         BadRecipe: unknown method, calibration missing, or rows that a pattern does not fit; the
             model is then as it was.
+        UnsupportedModel: unknown family, or one that text cannot calibrate.
     """
     if method not in METHODS:
         raise BadRecipe(f"unknown sparsifier {method!r}; known are {', '.join(METHODS)}")
@@ -139,7 +141,7 @@ def sparsify_(
     record = architecture(model)
     n_blocks = len(record.blocks_of(model))
     for name in record.linear_names(model):  # before the first weight is changed
-        sparsity.check(int(model.get_submodule(name).in_features))  # type: ignore[arg-type]
+        sparsity.check(in_features(model.get_submodule(name)))
     if statistic is None:
         for name in record.linear_names(model):
             linear = model.get_submodule(name)
@@ -173,22 +175,23 @@ def _gather(
 
 
 def _prune_magnitude(linear: Any, _: Any, sparsity: Sparsity) -> Tensor:
-    mask = keep_mask(magnitude_scores(linear.weight), sparsity)
-    linear.weight.masked_fill_(~mask, 0)
+    weight = weight_of(linear)
+    mask = keep_mask(magnitude_scores(weight), sparsity)
+    weight.masked_fill_(~mask, 0)
     return mask
 
 
 def _prune_wanda(linear: Any, inputs: Any, sparsity: Sparsity) -> Tensor:
-    mask = keep_mask(wanda_scores(linear.weight, inputs), sparsity)
-    linear.weight.masked_fill_(~mask, 0)
+    weight = weight_of(linear)
+    mask = keep_mask(wanda_scores(weight, inputs), sparsity)
+    weight.masked_fill_(~mask, 0)
     return mask
 
 
 def _prune_sparsegpt(linear: Any, inputs: Any, sparsity: Sparsity) -> Tensor:
-    weight, mask = sparsegpt_prune(
-        linear.weight, inputs, ratio=sparsity.ratio, n_of_m=sparsity.n_of_m
-    )
-    linear.weight.copy_(weight)
+    weight = weight_of(linear)
+    pruned, mask = sparsegpt_prune(weight, inputs, ratio=sparsity.ratio, n_of_m=sparsity.n_of_m)
+    weight.copy_(pruned)
     return mask
 
 

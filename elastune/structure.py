@@ -219,6 +219,11 @@ def check_choices(name: str, kind: str, choices: Sequence[int], block: Block) ->
                 f"serves {per} query heads, which go together",
                 try_=f"multiples of {per}",
             )
+        if kind == "depth" and block.fixed_depth and choice == 0:
+            raise InvalidSpace(
+                f"{name}: {block.name} cannot be left out: {block.fixed_depth}",
+                try_="heads and widths, which can be cut there, down to 0",
+            )
         if kind == "heads" and block.fixed_heads and choice not in (0, full):
             raise InvalidSpace(
                 f"{name}: {choice} of {full} heads cannot be kept in {block.name}: "

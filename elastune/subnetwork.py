@@ -195,7 +195,7 @@ def _fit(block: Block, module: nn.Module, shape: BlockShape, number: int) -> Non
             if getattr(shape, part) == 0:
                 width = out_features(linear) if role in ("o", "down") else 0
                 module.set_submodule(record.roles[role], AbsentLinear(width))
-    attention = module.get_submodule(record.attention.path)
+    attention: Any = module.get_submodule(record.attention.path)
     if hasattr(attention, "layer_idx"):
         attention.layer_idx = number
     if shape.heads == 0:
@@ -220,10 +220,10 @@ def _tell_features(module: Any) -> None:
 
 
 def _tell_depth(config: Any, n_full: int, kept: Sequence[int]) -> None:
-    """Shorten what a config says for each block."""
+    """Shorten what a config says for each block: lists such as layer_types, no_rope_layers."""
     if len(kept) == n_full:
         return
     for name, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == n_full:
+        if "layer" in name and isinstance(value, list) and len(value) == n_full:
             setattr(config, name, [value[index] for index in kept])
     config.num_hidden_layers = len(kept)

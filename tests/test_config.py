@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from elastune import config
+from elastune import config, sections
 from elastune.config import Recipe, dump_recipe, load_recipe, make_recipe
 from elastune.errors import BadRecipe
 
@@ -18,8 +18,10 @@ REPO = Path(__file__).resolve().parent.parent
 SMALLEST = {"model": "smollm2-135m", "task": "gsm8k"}
 SECTIONS = [
     kind
-    for kind in vars(config).values()
-    if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.__module__ == config.__name__
+    for kind in (*vars(config).values(), *vars(sections).values())
+    if isinstance(kind, type)
+    and issubclass(kind, BaseModel)
+    and kind.__module__ in (config.__name__, sections.__name__)
 ]
 
 
@@ -86,7 +88,8 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Pat
 
 
 def test_a_dumped_recipe_spells_every_default_out() -> None:
-    text = dump_recipe(make_recipe(SMALLEST, ""))
+    elastic = {"method": "lonas", "structure": {"ffn": [1.0, 0.5]}}
+    text = dump_recipe(make_recipe(SMALLEST | elastic, ""))
     for section in SECTIONS:
         for name in section.model_fields:
             assert f"{name}:" in text

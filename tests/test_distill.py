@@ -345,6 +345,19 @@ def test_all_weights_train_at_the_full_learning_rate(
     assert all(not torch.equal(before[name], t) for name, t in net.trained_state().items())
 
 
+def test_every_weight_of_a_super_network_can_learn_from_the_largest(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=True)
+    net = SuperNetwork(model, lora_space(model, (4, 2)), train_base=True)
+    before = {name: tensor.clone() for name, tensor in net.trained_state().items()}
+    assert {"model.embed_tokens.weight", "model.norm.weight"} <= before.keys()
+    fit(net, tmp_path, update="full", full_learning_rate=1e-3)
+    saved = load_file(tmp_path / "trained.safetensors")
+    assert saved.keys() == before.keys()
+    for name, tensor in net.trained_state().items():
+        assert not torch.equal(tensor, before[name]), name
+        assert torch.equal(tensor, saved[name])
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [

@@ -12,21 +12,19 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
-    {"errors", "version", "progress", "yaml_text", "packing", "metrics"},
-    {"files", "config", "space", "tasks", "linears", "decoding", "console", "statistics", "state"},
-    {"elastic", "inputs", "sampling", "search", "leaks", "report", "generate", "predictions"},
-    {"models", "allocate", "whole_model", "step_log", "length_groups"},
-    {"data", "calibration_text", "structure"},
-    {"artifacts", "build_space", "build_structure", "supernet", "calibrate", "doctor"},
-    {"cost", "extract", "likelihood", "losses", "memory"},
-    {"choices", "heads", "subnetwork", "latency"},
-    {"importance", "export", "distill"},
-    {"reorder"},
-    {"predict", "harness_model", "harness_results"},
-    {"sparsify", "train", "evaluate", "harness"},
+    {"errors", "version", "progress", "yaml_text", "packing", "metrics", "autoload"},
+    {"files", "sections", "space", "tasks", "linears", "decoding", "console", "statistics"},
+    {"config", "elastic", "state", "search", "allocate", "leaks", "report", "predictions"},
+    {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},
+    {"data", "calibration_text", "structure", "artifacts", "macs", "doctor"},
+    {"build_space", "build_structure", "supernet", "calibrate", "losses", "likelihood"},
+    {"cost", "extract", "memory", "choices", "heads", "reorder"},
+    {"subnetwork", "latency", "importance", "predict", "harness_model", "harness_results"},
+    {"export", "latency_table", "sparsify", "train", "evaluate", "harness"},
     {"objective", "finetune"},
     {"run"},
-    {"check", "measure"},
+    {"check", "choose"},
+    {"measure"},
     {"measure_harness", "methods"},
     {"cli"},
     {"__main__", "__init__"},
@@ -35,8 +33,18 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 #: These start at once, or work without torch: it must not be imported before it is needed.
 WITHOUT_TORCH = (
-    *("__init__", "__main__", "cli", "config", "errors", "space", "search", "artifacts"),
-    *("inputs", "files", "yaml_text", "progress", "report", "metrics", "statistics", "tasks"),
+    *(
+        "__init__",
+        "__main__",
+        "cli",
+        "config",
+        "sections",
+        "errors",
+        "space",
+        "search",
+        "artifacts",
+    ),
+    *("inputs", "files", "yaml_text", "progress", "report", "metrics", "statistics", "tasks", "autoload"),
     "allocate",
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")

@@ -38,6 +38,7 @@ FIELDS: dict[str, Any] = {
     "nonzero": int,
     "macs": int,
     "latency_ms": type(None),
+    "decode_latency_ms": type(None),
     "seconds": float,
     "config": (dict, type(None)),
     "notes": type(None),

@@ -385,6 +385,9 @@ def test_measured_latency_gets_a_column_only_when_there_is_one() -> None:
     assert "latency" not in markdown_table(metrics)
     metrics["rows"][0]["latency_ms"] = 41.26
     assert "41.3" in markdown_table(metrics)
+    assert "ms a token" not in markdown_table(metrics)
+    metrics["rows"][0]["decode_latency_ms"] = 7.81
+    assert "7.8" in markdown_table(metrics)
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def make_sliceable(module: nn.Module) -> ElasticSlices:
     elif isinstance(module, nn.Linear):
         module.__class__ = ElasticLinear
     else:
-        module.__class__ = _elastic_norm(plain)
+        module.__class__ = _elastic_norm(plain)  # type: ignore[arg-type]
     module._plain_class = plain  # type: ignore[assignment]
     module.set_active()  # type: ignore[operator]
     return module  # type: ignore[return-value]

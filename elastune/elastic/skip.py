@@ -60,7 +60,7 @@ def make_skippable_block(
 ) -> SkippableBlock:
     """Exchange a block's class; it is on at first."""
     plain = type(block)
-    block.__class__ = _subclass(SkippableBlock, plain)
+    block.__class__ = _subclass(SkippableBlock, plain)  # type: ignore[arg-type]
     assert isinstance(block, SkippableBlock)
     block._plain_class = plain
     block.skipped = False
@@ -72,7 +72,7 @@ def make_skippable_block(
 def make_skippable_attention(attention: nn.Module, stand_in: AbsentAttention) -> SkippableAttention:
     """Exchange an attention module's class; it is on at first."""
     plain = type(attention)
-    attention.__class__ = _subclass(SkippableAttention, plain)
+    attention.__class__ = _subclass(SkippableAttention, plain)  # type: ignore[arg-type]
     assert isinstance(attention, SkippableAttention)
     attention._plain_class = plain
     attention.skipped = False
@@ -86,4 +86,4 @@ def unmake_skippable(module: nn.Module) -> None:
         plain = module._plain_class
         for name in ("skipped", "returns_tuple", "skip_layer_idx", "stand_in", "_plain_class"):
             module.__dict__.pop(name, None)
-        module.__class__ = plain
+        module.__class__ = plain  # type: ignore[assignment]

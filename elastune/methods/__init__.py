@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from elastune.methods.finetune import finetune
+from elastune.methods.lonas import lonas
 from elastune.methods.shears import shears
 from elastune.run import Run
 
-METHODS: Mapping[str, Callable[[Run], None]] = {"finetune": finetune, "shears": shears}
+METHODS: Mapping[str, Callable[[Run], None]] = {
+    "finetune": finetune,
+    "lonas": lonas,
+    "shears": shears,
+}
 
-__all__ = ["METHODS", "finetune", "shears"]
+__all__ = ["METHODS", "finetune", "lonas", "shears"]

@@ -10,6 +10,7 @@ the same examples.
 
 from __future__ import annotations
 
+from elastune.choose import chosen, extract_chosen, search
 from elastune.measure import measure
 from elastune.methods.baselines import train_baselines
 from elastune.run import Run
@@ -20,6 +21,6 @@ def shears(run: Run) -> None:
     run.sparsify()
     run.train_supernet()
     train_baselines(run)
-    run.search()
-    run.extract(run.chosen())
+    search(run)
+    extract_chosen(run, chosen(run))
     measure(run)

@@ -68,6 +68,7 @@ class Architecture:
         shared_inputs: groups of roles that read the same tensor.
         attention: what changes with the number of heads.
         returns_tuple: a block returns (hidden states, ...) and not the hidden states alone.
+        fixed_depth: (config, block number) -> why that block cannot be left out, or None.
         config_names: ``"heads"``, ``"kv_heads"``, ``"head_dim"``, ``"ffn"`` -> the field of the
             config that sets it. A size without a field is computed by the family from others, so
             that a checkpoint of stock classes cannot have another.
@@ -83,6 +84,7 @@ class Architecture:
     shared_inputs: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("gate", "up"))
     attention: Attention = Attention("self_attn")
     returns_tuple: bool = False
+    fixed_depth: Callable[[Any, int], str | None] | None = None
     config_names: Mapping[str, str] = field(
         default_factory=lambda: {
             "heads": "num_attention_heads",
@@ -120,6 +122,8 @@ class Architecture:
     def linear_names(self, model: nn.Module, roles: Iterable[str] | None = None) -> dict[str, str]:
         """Return full module name -> role, in block order and then role order.
 
+        Layers that a sub-network does without are passed over.
+
         Args:
             model: a built model of this family, with any head or none.
             roles: the roles wanted; all by default.
@@ -132,8 +136,8 @@ class Architecture:
         found: dict[str, str] = {}
         for name, block in zip(self.block_names(model), blocks, strict=True):
             for role in wanted:
-                self._find(block, self.roles[role], f"role {role!r} of block {name!r}")
-                found[f"{name}.{self.roles[role]}"] = role
+                if self._holds(block, role, f"role {role!r} of block {name!r}"):
+                    found[f"{name}.{self.roles[role]}"] = role
         return found
 
     def head_names(self, model: nn.Module) -> list[str]:
@@ -168,9 +172,17 @@ class Architecture:
         blocks = self.blocks_of(model)
         if len(blocks) == 0:
             return
-        for role, path in self.roles.items():
-            self._find(blocks[0], path, f"role {role!r}")
-        self._find(blocks[0], self.attention.path, "attention")
+        for role in self.roles:
+            self._holds(blocks[0], role, f"role {role!r}")
+
+    def _holds(self, block: nn.Module, role: str, what: str) -> bool:
+        """Tell whether a block has the layer of a role; without heads it may have no attention."""
+        path = self.roles[role]
+        attention = self._find(block, self.attention.path, "attention")
+        is_inside = f"{path}.".startswith(f"{self.attention.path}.")
+        if is_inside and not _has_weights(attention):
+            return False
+        return _has_weights(self._find(block, path, what))
 
     def _wanted(self, model: nn.Module, roles: Iterable[str] | None) -> list[str]:
         if roles is None:
@@ -213,6 +225,11 @@ def base_model_of(model: nn.Module) -> nn.Module:
         f"a {type(model).__name__} is not a transformers model",
         try_="pass the PreTrainedModel itself, not a wrapper of it",
     )
+
+
+def _has_weights(module: nn.Module) -> bool:
+    # Weights that are quantised may be buffers.
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
 def _prefix(model: nn.Module) -> str:

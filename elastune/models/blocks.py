@@ -1,9 +1,9 @@
 """The blocks of a model: how wide they are, and which weights belong to which head or channel.
 
 What can be cut comes in units: of attention a key/value group with all its query heads (where all
-query heads share one key and value, a query head), of the feed-forward a channel. `Block.weights_of`
-says which rows and columns of which weights some units are; reordering, slicing, extraction and
-cost all read it from there.
+query heads share one key and value, a query head), of the feed-forward a channel.
+`Block.weights_of` says which rows and columns of which weights some units are; reordering, slicing,
+extraction and cost all read it from there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Weights(NamedTuple):
     path: str
     """Inside the block."""
     dim: Literal[0, 1]
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     """int64, in the order wanted."""
 
 
@@ -61,6 +61,7 @@ class Block:
         head_dim: size of one head.
         layout: how the rows of a fused ``qkv`` are ordered.
         fixed_heads: why heads cannot be cut one by one, or None.
+        fixed_depth: why the block cannot be left out, or None.
     """
 
     index: int
@@ -71,6 +72,7 @@ class Block:
     head_dim: int
     layout: str
     fixed_heads: str | None = None
+    fixed_depth: str | None = None
 
     @property
     def heads_per_unit(self) -> int:
@@ -144,6 +146,8 @@ class Block:
 def blocks(model: PreTrainedModel) -> list[Block]:
     """Return the blocks of a model, first block first.
 
+    Of a model with blocks of several sizes each block has its own; halves that are absent are 0.
+
     Raises:
         UnsupportedModel: unknown family, or a mixture of experts.
     """
@@ -159,15 +163,9 @@ def blocks(model: PreTrainedModel) -> list[Block]:
 def _block(
     model: PreTrainedModel, record: Architecture, index: int, name: str, module: nn.Module
 ) -> Block:
-    attention = module.get_submodule(record.attention.path)
-    head_dim = int(getattr(attention, record.attention.head_dim))
-    heads = in_features(module.get_submodule(record.roles["o"])) // head_dim
-    if "k" in record.roles:
-        kv_heads = out_features(module.get_submodule(record.roles["k"])) // head_dim
-    else:
-        fused = out_features(module.get_submodule(record.roles["qkv"])) // head_dim
-        kv_heads = (fused - heads) // 2
+    heads, kv_heads, head_dim = _heads(record, module)
     layout = record.attention.layout
+    layout = layout if isinstance(layout, str) else layout(model.config)
     alibi = record.attention.alibi
     is_alibi = alibi if isinstance(alibi, bool) else alibi(model.config)
     return Block(
@@ -177,9 +175,23 @@ def _block(
         record,
         BlockShape(heads, kv_heads, in_features(module.get_submodule(record.roles["down"]))),
         head_dim,
-        layout if isinstance(layout, str) else layout(model.config),
+        "stacked" if kv_heads == 1 else layout,  # one group: both orders are the same
         "its positions are slopes that belong to head numbers (ALiBi)" if is_alibi else None,
+        None if record.fixed_depth is None else record.fixed_depth(model.config, index),
     )
+
+
+def _heads(record: Architecture, block: nn.Module) -> tuple[int, int, int]:
+    """Return the query heads and key/value heads of a block, and the size of one; absent: zeros."""
+    attention = block.get_submodule(record.attention.path)
+    if not hasattr(attention, record.attention.head_dim):
+        return 0, 0, 0
+    head_dim = int(getattr(attention, record.attention.head_dim))
+    heads = in_features(block.get_submodule(record.roles["o"])) // head_dim
+    if "k" in record.roles:
+        return heads, out_features(block.get_submodule(record.roles["k"])) // head_dim, head_dim
+    fused = out_features(block.get_submodule(record.roles["qkv"])) // head_dim
+    return heads, (fused - heads) // 2, head_dim
 
 
 def _spread(units: Tensor, size: int) -> Tensor:

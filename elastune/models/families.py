@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any
 
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from elastune.errors import UnsupportedModel, nearest
 from elastune.models.architecture import Architecture, Attention, Layout, type_of
@@ -88,6 +89,12 @@ _GEMMA3 = dataclasses.replace(
     plain_head=True,
 )
 
+
+def _scaled_by_number(config: Any, _: int) -> str | None:
+    scaled = getattr(config, "scale_attn_by_inverse_layer_idx", False)
+    return "its attention is scaled by the number of the block" if scaled else None
+
+
 _GPT2 = Architecture(
     model_types=("gpt2",),
     kind="decoder",
@@ -102,6 +109,7 @@ _GPT2 = Architecture(
     plain_head=True,
     shared_inputs=(),
     attention=Attention("attn", sizes={"num_heads": "heads", "split_size": "width"}),
+    fixed_depth=_scaled_by_number,
     config_names={"heads": "n_head", "ffn": "n_inner"},
 )
 
@@ -235,6 +243,13 @@ _BERT = Architecture(
     config_names={"heads": "num_attention_heads", "ffn": "intermediate_size"},
 )
 
+
+def _first_before_convolution(config: Any, index: int) -> str | None:
+    has_convolution = getattr(config, "conv_kernel_size", 0) > 0
+    is_fixed = has_convolution and index == 0
+    return "the model's convolution follows its first block" if is_fixed else None
+
+
 _DEBERTA = dataclasses.replace(
     _BERT,
     model_types=("deberta-v2",),
@@ -244,12 +259,15 @@ _DEBERTA = dataclasses.replace(
         "k": "attention.self.key_proj",
         "v": "attention.self.value_proj",
     },
+    # Where q and k project the relative positions, too, v does not.
+    shared_inputs=(("q", "k"),),
     # Projections of the relative positions, in models that do not share those of the words.
     attention=dataclasses.replace(
         _BERT.attention,
         followers={"attention.self.pos_query_proj": "q", "attention.self.pos_key_proj": "k"},
     ),
     returns_tuple=True,
+    fixed_depth=_first_before_convolution,
 )
 
 _DISTILBERT = Architecture(
@@ -315,12 +333,33 @@ def record_for(model_type: str) -> Architecture:
     for record in ARCHITECTURES:
         if stock_type in record.model_types:
             return record
+    if stock_type in CONFIG_MAPPING and _has_experts(AutoConfig.for_model(stock_type)):
+        raise _mixture(model_type)
     known = known_model_types()
     raise UnsupportedModel(
         f"models of type {model_type!r} are not known{nearest(model_type, known)}; "
         f"known types: {', '.join(known)}",
         try_="add one record to elastune/models/families.py, as docs/add-a-family.md shows",
     )
+
+
+#: Fields of configurations that count experts.
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _mixture(model_type: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"models of type {model_type!r} are mixtures of experts, whose layers are not supported: "
+        "tokens are routed to experts by number, so that cutting experts or their widths needs a "
+        "method of its own",
+        try_=f"a dense model, of type {', '.join(known_model_types())}",
+    )
+
+
+def _has_experts(config: Any) -> bool:
+    # Not by attribute: configurations with sizes of each layer refuse to name one size of all.
+    counts = [vars(config.get_text_config()).get(name) for name in _EXPERT_COUNTS]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def architecture(model: nn.Module) -> Architecture:
@@ -330,10 +369,14 @@ def architecture(model: nn.Module) -> Architecture:
     has a plain head only where the cap is switched off.
 
     Raises:
-        UnsupportedModel: no record for this model type, or the record does not fit the model.
+        UnsupportedModel: no record for this model type, a mixture of experts, or the record does
+            not fit the model.
     """
     record = record_for(type_of(model))
-    if getattr(getattr(model, "config", None), "final_logit_softcapping", None) is not None:
-        record = dataclasses.replace(record, plain_head=False)
+    if isinstance(model, PreTrainedModel):
+        if _has_experts(model.config):
+            raise _mixture(type_of(model))
+        if getattr(model.config, "final_logit_softcapping", None) is not None:
+            record = dataclasses.replace(record, plain_head=False)
     record.check(model)
     return record

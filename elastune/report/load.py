@@ -173,6 +173,7 @@ def check_metrics(metrics: Mapping[str, Any], where: str = "metrics.json") -> No
         at = f"{where}, row {number}"
         check_fields(row, METRIC_FIELDS, at)
         optional = {"latency_ms": Number, "config": dict, "other_metrics": list, "notes": str}
+        optional["decode_latency_ms"] = Number
         check_optional(row, optional, at)
         key = (row["name"], row["task"], row["metric"])
         if key in seen:

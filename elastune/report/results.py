@@ -108,6 +108,7 @@ class System:
     nonzero: int
     macs: int
     latency_ms: float | None
+    decode_latency_ms: float | None
     seconds: float
     config: Mapping[str, Any] | None = field(default=None, hash=False)
 
@@ -146,7 +147,6 @@ def _system(name: str, rows: Sequence[Mapping[str, Any]]) -> System:
         for part in (row, *(row.get("other_metrics") or ()))
     }
     first = rows[0]
-    latencies = [row["latency_ms"] for row in rows if row.get("latency_ms") is not None]
     configs = [row["config"] for row in rows if row.get("config")]
     return System(
         name=name,
@@ -155,10 +155,16 @@ def _system(name: str, rows: Sequence[Mapping[str, Any]]) -> System:
         params=first["params"],
         nonzero=first["nonzero"],
         macs=first["macs"],
-        latency_ms=latencies[0] if latencies else None,
+        latency_ms=_first(rows, "latency_ms"),
+        decode_latency_ms=_first(rows, "decode_latency_ms"),
         seconds=sum(row["seconds"] for row in rows),
         config=configs[0] if configs else None,
     )
+
+
+def _first(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Return the first value that rows have of an optional field."""
+    return next((row[name] for row in rows if row.get(name) is not None), None)
 
 
 def _value(part: Mapping[str, Any]) -> Value:

@@ -132,9 +132,14 @@ def _cost_columns(rows: Sequence[System]) -> list[tuple[Header, list[Cell]]]:
         if len(fewer) == len(rows):
             made.append((Header("fewer", "vs dense"), fewer))
     made.append(_count_column(rows, "MACs", "macs"))
-    if any(row.latency_ms is not None for row in rows):
-        cells = [Cell(DASH if r.latency_ms is None else f"{r.latency_ms:,.1f}") for r in rows]
-        made.append((Header("latency", "ms"), cells))
+    for title, unit, name in (
+        ("latency", "ms", "latency_ms"),
+        ("decode", "ms a token", "decode_latency_ms"),
+    ):
+        values = [getattr(row, name) for row in rows]
+        if any(value is not None for value in values):
+            cells = [Cell(DASH if value is None else f"{value:,.1f}") for value in values]
+            made.append((Header(title, unit), cells))
     seconds = [Cell(f"{row.seconds:,.1f}") for row in rows]
     made.append((Header("eval", "s"), seconds))
     return made

@@ -1,0 +1,203 @@
+"""The stages that choose sub-networks of a trained super-network, and write the chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from elastune.allocate import allocate, single_choice_losses, uniform_config
+from elastune.cost import CostModel
+from elastune.errors import BadRecipe
+from elastune.export import save_subnetwork
+from elastune.extract import extract
+from elastune.files import read_json, write_json
+from elastune.objective import make_objective
+from elastune.run import Run
+from elastune.search import SearchResult
+from elastune.search import search as search_space
+from elastune.space import SearchSpace, SubnetConfig
+from elastune.subnetwork import extract_model
+from elastune.supernet import SuperNetwork
+
+
+def search(run: Run) -> SearchResult:
+    """Score configurations on the validation examples; none where the recipe has no trials."""
+    cfg = run.recipe.search
+    if cfg.trials == 0:
+        return SearchResult(())
+    inputs = run.inputs("search")
+    if run.dir.is_done("search", inputs):
+        return SearchResult.from_dict(read_json(run.dir.trials))
+    net = run.load_supernet()
+    objective, values = make_objective(
+        net,
+        run.tokenizer,
+        run.task(run.recipe.task),
+        run.splits.validation,
+        _cost_model(run, net),
+        kind=cfg.objective,
+        batch_tokens=run.recipe.evaluate.batch_tokens,
+    )
+    with (
+        run.dir.stage("search", inputs, run.dir.trials, run.dir.journal),
+        run.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar,
+    ):
+        result = search_space(
+            net.space,
+            objective,
+            values=values,
+            algorithm=cfg.algorithm,
+            trials=cfg.trials,
+            storage=run.dir.journal,
+            seed=run.recipe.seed,
+            progress=lambda done, total, trial: bar(
+                done, total, f"{values[0]} {trial.values[values[0]]:.4f}"
+            ),
+        )
+        write_json(run.dir.trials, result.to_dict())
+    return result
+
+
+def _cost_model(run: Run, net: SuperNetwork) -> CostModel:
+    structure = run.recipe.structure
+    merged = structure is not None and structure.merge
+    return CostModel(net, run.recipe.evaluate.macs_length, merged=merged)
+
+
+def allocate_budgets(run: Run) -> None:
+    """Choose a sub-network for each budget of the recipe, without training any again.
+
+    Ranks stay at their largest: where the adapter is merged they cost nothing.
+    """
+    cfg = run.recipe.structure
+    inputs = run.inputs("allocate")
+    if cfg is None or not cfg.budgets or run.dir.is_done("allocate", inputs):
+        return
+    net = run.load_supernet()
+    largest = net.space.largest()
+    cuts = SearchSpace([dim for dim in net.space.dims if dim.kind != "rank"])
+    count = _cost_model(run, net)
+
+    def block_macs(config: SubnetConfig) -> float:
+        return float(count(SubnetConfig({**largest, **config})).block_macs)
+
+    with run.dir.stage("allocate", inputs, run.dir.budgets, run.dir.single_choices):
+        losses = _single_choice_losses(run, net, cuts) if "knapsack" in cfg.allocation else {}
+        full = block_macs(largest)
+        found: dict[str, dict[str, int]] = {}
+        for budget in cfg.budgets:
+            for how in cfg.allocation:
+                if how == "knapsack":
+                    config = allocate(cuts, losses, block_macs, budget * full)
+                else:
+                    config = uniform_config(cuts, block_macs, budget * full)
+                found[f"{how}-{round(100 * budget)}"] = {**largest, **config}
+        write_json(run.dir.budgets, {"schema": 1, "subnets": found})
+
+
+def _single_choice_losses(
+    run: Run, net: SuperNetwork, cuts: SearchSpace
+) -> dict[str, dict[int, float]]:
+    """Measure what each choice of the structure costs by itself, in nats per target."""
+    cfg = run.recipe.structure
+    assert cfg is not None
+    largest = net.space.largest()
+    objective, values = make_objective(
+        net,
+        run.tokenizer,
+        run.task(run.recipe.task),
+        run.splits.validation[: cfg.probes],
+        _cost_model(run, net),
+        kind="loss",
+        batch_tokens=run.recipe.evaluate.batch_tokens,
+    )
+    with run.reporter.bar("single choices", "choices") as bar:
+        return single_choice_losses(
+            lambda config: objective(SubnetConfig({**largest, **config}))[values[0]],
+            cuts,
+            path=run.dir.single_choices,
+            progress=bar,
+        )
+
+
+def chosen(run: Run) -> dict[str, SubnetConfig]:
+    """Return the named sub-networks: largest, heuristic, smallest, best if searched, and budgets'.
+
+    Plain fine-tuning has none.
+    """
+    if run.recipe.method == "finetune":
+        return {}
+    space = SearchSpace.from_dict(read_json(run.dir.space))
+    configs = {
+        "largest": space.largest(),
+        "heuristic": space.heuristic(),
+        "smallest": space.smallest(),
+    }
+    if run.dir.is_done("search", run.inputs("search")):
+        result = SearchResult.from_dict(read_json(run.dir.trials))
+        if result.trials:
+            configs["best"] = result.best().config
+    if run.recipe.structure is not None and run.dir.is_done("allocate", run.inputs("allocate")):
+        found = read_json(run.dir.budgets)["subnets"]
+        configs |= {name: SubnetConfig(choices) for name, choices in found.items()}
+    return configs
+
+
+def extract_chosen(run: Run, configs: Mapping[str, SubnetConfig]) -> None:
+    """Write named sub-networks under ``subnets/``.
+
+    Where only ranks are elastic they are stock PEFT adapters for the base; else models of their
+    own.
+    """
+    how = run.recipe.structure and [run.recipe.structure.format, run.recipe.structure.merge]
+    wanted = {
+        name: run.inputs("train", config.to_json(), *([how] if how else []))
+        for name, config in configs.items()
+    }
+    todo = {n: c for n, c in configs.items() if not run.dir.is_done(f"extract/{n}", wanted[n])}
+    if not todo:
+        return
+    net = run.load_supernet()
+    for name, config in todo.items():
+        if net.structure is None and not any(config.values()):
+            run.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
+            continue
+        if not any(shape is not None for shape in net.shapes(config)):
+            run.reporter.say(f"{name}: every block is left out, there is nothing to write")
+            continue
+        folder = run.dir.subnets / name
+        with run.dir.stage(f"extract/{name}", wanted[name], folder):
+            if net.structure is None:
+                extract(net, config).save(folder, base=str(run.dir.base.resolve()))
+            else:
+                _save_model(run, net, name, config)
+
+
+def _save_model(run: Run, net: SuperNetwork, name: str, config: SubnetConfig) -> None:
+    cfg = run.recipe.structure
+    assert cfg is not None
+    subnet = extract_model(net, config, merge=cfg.merge)
+    saved = save_subnetwork(subnet, run.tokenizer, run.dir.subnets / name, format=cfg.format)
+    run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
+
+
+def named_config(space: SearchSpace, text: str) -> SubnetConfig:
+    """Read a configuration given as largest, heuristic, smallest, or JSON.
+
+    Raises:
+        BadRecipe: none of these.
+        InvalidSubnet: JSON, but not in the space.
+    """
+    named = {
+        "largest": space.largest,
+        "heuristic": space.heuristic,
+        "smallest": space.smallest,
+    }
+    if text in named:
+        return named[text]()
+    if not text.lstrip().startswith("{"):
+        raise BadRecipe(
+            f"{text!r} is neither {', '.join(named)}, best nor a JSON object of dim -> choice"
+        )
+    config = SubnetConfig.from_json(text)
+    space.check(config)
+    return config

@@ -1,0 +1,256 @@
+"""The sections of a recipe. Defaults are the published settings where there are some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+_FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet")
+
+
+class Section(BaseModel):
+    """Settings that are refused when they are unknown, and never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _shorthand(value: Any) -> Any:
+    """Let ``task: gsm8k`` stand for ``task: {name: gsm8k}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def listed(value: Any) -> Any:
+    """Let a single item, or a comma-separated string, stand for a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class TaskConfig(Section):
+    """A benchmark or a data set of the user's own."""
+
+    name: str
+    """A known task (``elastune doctor`` lists them), or the path of a .jsonl or .txt file."""
+    template: str | None = None
+    """How questions are worded: alpaca, qa, chat, none; by default the task's own."""
+    limit: int | None = Field(None, ge=1)
+    """Score at most this many report examples (drawn once, by a fixed seed)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """The task's own options."""
+
+    @property
+    def label(self) -> str:
+        """What results call the task: its name, of a file without the folders."""
+        path = self.name.rpartition(":")[2]
+        is_file = Path(path.removesuffix(".gz")).suffix in _FILE_SUFFIXES
+        return Path(path).name if is_file else self.name
+
+
+Task = Annotated[TaskConfig, BeforeValidator(_shorthand)]
+
+
+class DataConfig(Section):
+    """How the training side is cut. Report examples come from the tasks' own test sets."""
+
+    dir: Path | None = None
+    """Folder of local data sets; without it they come from the hub."""
+    n_train: int | None = Field(None, ge=1)
+    """Training examples; by default all that validation leaves."""
+    n_validation: int = Field(64, ge=1)
+    """Examples cut from the training side for the search."""
+    leaks: Literal["refuse", "drop", "warn"] = "refuse"
+    """What to do about training rows whose question is in a report set."""
+
+
+class CalibrationConfig(Section):
+    """Text that sparsifiers look at. Packed: every sequence has full length."""
+
+    source: str = "task"
+    """"task" (training examples), "c4", or the path of a text file."""
+    n_sequences: int = Field(128, ge=1)
+    length: int = Field(2048, ge=2)
+    """Tokens a sequence; at most what the model can read."""
+
+
+class SparsifyConfig(Section):
+    """How the base is made sparse."""
+
+    method: Literal["wanda", "magnitude", "sparsegpt"] = "wanda"
+    ratio: Annotated[float, Field(ge=0, lt=1)] | None = 0.5
+    """Share of zeros in each row; 0 leaves the base dense."""
+    pattern: str | None = None
+    """"2:4" or "4:8": n zeros of every m weights; overrides ``ratio``."""
+    calibration: CalibrationConfig = CalibrationConfig()
+
+
+class AdapterConfig(Section):
+    """The elastic low-rank adapter."""
+
+    ranks: list[int] | dict[str, list[int]] = [32, 24, 16]
+    """Choices for every dim, or patterns over dim names ("*.down", "layers.0.*") -> choices. Empty
+    for no adapter at all, where the model's structure is elastic and all its weights train."""
+    max_rank: int | None = Field(None, ge=1)
+    """Upper bound that all ranks must keep."""
+    alpha: float = Field(64, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    scaling: Literal["alpha/r_max", "alpha/r", "rslora"] = "alpha/r_max"
+    targets: Annotated[list[str], BeforeValidator(listed)] = ["q", "k", "v", "up", "gate", "down"]
+    groups: dict[str, list[str]] | None = None
+    """Projections that share a rank, by the group's name; by default qkv, up_gate, down, o."""
+
+
+Schedule = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+]
+
+
+class DistillConfig(Section):
+    """From which network sub-networks learn, besides or instead of the labels."""
+
+    teacher: Literal["largest"] | None = None
+    """"largest": the largest sub-network, as it is in the same step; null: only the labels."""
+    weight: float = Field(1.0, gt=0, le=1)
+    """Share of the teacher in the loss of those who learn from it; the rest is the labels'."""
+    temperature: float = Field(1.0, gt=0)
+    """What logits are divided by; the loss is multiplied by its square (Hinton et al., 2015)."""
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> DistillConfig:
+        if self.teacher is None and (self.weight, self.temperature) != (1.0, 1.0):
+            raise ValueError("weight and temperature say nothing without teacher: largest")
+        return self
+
+
+def _distillation(value: Any) -> Any:
+    """Let ``distill: in_place`` stand for ``distill: {teacher: largest}``, and null for none."""
+    if value is None or isinstance(value, str):
+        value = {"teacher": value}
+    elif isinstance(value, dict) and "name" in value and "teacher" not in value:
+        # `--set train.distill.weight=0.5` makes a name of the shorthand that it finds.
+        value = {"teacher" if key == "name" else key: value[key] for key in value}
+    if isinstance(value, dict) and value.get("teacher") == "in_place":
+        value = {**value, "teacher": "largest"}
+    return value
+
+
+class TrainConfig(Section):
+    """How long, how fast and how to train. Defaults are those of the Shears paper's runs."""
+
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Optimizer steps; overrides ``epochs``."""
+    batch_size: int = Field(16, ge=1)
+    """Sequences in a micro-batch, laid end to end without padding."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches in an optimizer step."""
+    learning_rate: float = Field(3e-4, gt=0)
+    """Of adapters and of what else a method trains."""
+    full_learning_rate: float = Field(3e-5, gt=0)
+    """Of all weights: with ``update: full``, and of the baselines called "+full"."""
+    update: Literal["adapter", "full"] = "adapter"
+    """What of a super-network trains: its adapters (the base stays as it is), or every weight."""
+    schedule: Schedule = "cosine"
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate climbs from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+    max_length: int = Field(512, ge=2)
+    """Tokens; longer examples are cut, those without room for a completion left out."""
+    sampler: Literal["random", "sandwich", "progressive"] = "random"
+    n_random: int = Field(1, ge=0)
+    """Random sub-networks in a step of the sandwich, besides the largest and the smallest."""
+    distill: Annotated[DistillConfig, BeforeValidator(_distillation)] = DistillConfig()
+    """``in_place``: the other sub-networks of a sandwich learn from the largest."""
+    draw_per: Literal["step", "micro_batch"] = "step"
+    """When a new sub-network is drawn; the papers' code draws one per micro-batch."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """"auto" is bf16 autocast where a GPU has it, else float32."""
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints that a killed run goes on from."""
+    report_to: Annotated[list[str], BeforeValidator(listed)] = []
+    """Trackers known to transformers, such as tensorboard or trackio."""
+    seed: int | None = None
+    """Of data order, adapters and draws; by default the recipe's."""
+
+
+_Sizes = list[float] | dict[str, list[float]]
+
+
+class StructureConfig(Section):
+    """What of the model itself is elastic: feed-forward width, heads, depth."""
+
+    ffn: _Sizes | None = None
+    """Choices of channels: parts of the full width (1.0, 0.5) or whole numbers; 0 leaves the
+    feed-forward out. For all blocks, or patterns over dim names ("layers.0.*") -> choices."""
+    heads: _Sizes | None = None
+    """Choices of query heads, likewise; key/value groups go whole."""
+    depth: Literal["all"] | list[int] | None = None
+    """Numbers of the blocks that may be left out whole, or "all"."""
+    round_to: int = Field(64, ge=1)
+    """Parts of a width are rounded to multiples of this."""
+    shared: bool = False
+    """One choice for all blocks: every sub-network then loads with stock classes."""
+    order: Literal["wanda", "taylor", "magnitude", "natural"] = "wanda"
+    """What heads and channels are sorted by first, so that the part that is kept is the best."""
+    calibration: CalibrationConfig = CalibrationConfig(n_sequences=24, length=256)
+    """Text that the order is measured on."""
+    budgets: list[Annotated[float, Field(gt=0, le=1)]] = []
+    """Parts of the blocks' MACs for which a sub-network is chosen, such as [0.85, 0.75]."""
+    allocation: Annotated[list[Literal["knapsack", "uniform"]], BeforeValidator(listed)] = [
+        "knapsack"
+    ]
+    """How: the choices whose losses, measured one by one, add up to least; or equal cuts."""
+    probes: int = Field(16, ge=1)
+    """Validation examples that single choices are measured on."""
+    format: Literal["auto", "hf", "hf-padded", "hf-hetero"] = "auto"
+    """How sub-networks are saved (docs/exports.md)."""
+    merge: bool = True
+    """Add the adapter to the weights of what is saved and scored; with False it comes beside."""
+
+    @model_validator(mode="after")
+    def _something_is_elastic(self) -> StructureConfig:
+        if self.ffn is None and self.heads is None and self.depth is None:
+            raise ValueError("nothing is elastic: give ffn, heads or depth")
+        return self
+
+
+class SearchConfig(Section):
+    """How sub-adapters are looked for, on the validation examples."""
+
+    algorithm: Literal["random"] = "random"
+    trials: int = Field(12, ge=0)
+    """Configurations to score; heuristic, largest and smallest are the first three."""
+    objective: Literal["loss", "score"] = "loss"
+    """Mean loss of the right answers, or the task's own metric."""
+
+
+class EvaluateConfig(Section):
+    """What is measured for the report, and on what."""
+
+    tasks: Annotated[list[Task], BeforeValidator(listed)] = []
+    """Benchmarks to report; by default the training task's own."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _differ(cls, tasks: list[TaskConfig]) -> list[TaskConfig]:
+        labels = [task.label for task in tasks]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f"two tasks are called {label!r}; results could not tell them")
+        return tasks
+
+    batch_tokens: int = Field(8192, ge=1)
+    """Tokens in one batch; lower it when memory runs out."""
+    macs_length: int = Field(256, ge=1)
+    """Tokens of the forward pass that MACs are counted for."""
+    latency: bool = False
+    """Measure the latency of that forward pass on this device, too."""
