@@ -10,6 +10,9 @@ Prefill is 256 tokens with the logits of the last one; decoding one token at a t
 training steps of LoNAS (frozen base, low-rank adapters): random sub-networks beside the full size,
 and the peak memory of a step beside that of training the base's own weights.
 
+Figures are of wall time, and again, as *_cpu, of processor time: on a machine that other programs
+use, with one thread, only these hold.
+
     python benchmarks/realised_speedup.py [--quick] [--repeats 9]
 """
 
@@ -49,7 +52,7 @@ TRAINED_WIDTHS = (1.0, 0.875, 0.75, 0.625, 0.5)
 
 def main() -> None:
     args = _arguments()
-    console = Console()
+    console = Console(width=120)
     model, _ = load_model(args.model)
     configs, costs = _subnetworks(model, args.quick)
     figures: dict[str, float] = {}
@@ -174,26 +177,35 @@ def _print_speed(
     """Print speed-up over MACs ratio, and keep the figures."""
     for workload, found in rows.items():
         table = Table(title=f"{args.model}, {workload}, {torch.get_num_threads()} threads")
-        for column in ("model", "block MACs", "ms", "IQR", "MACs ratio", "speed-up", "realised"):
+        headers = ("model", "block MACs", "ms (IQR)", "CPU ms (IQR)", "MACs ratio", "speed-up")
+        for column in (*headers, "realised", "by CPU"):
             table.add_column(column, justify="right")
         is_decode = workload == "decode"
         for name, latency in found.items():
             macs = costs["dense"][is_decode] / costs[name][is_decode]
-            dense = found["dense"]
-            faster = (
-                latency.decode_speed_up(dense) if is_decode else latency.prefill_speed_up(dense)
-            )
-            realised = faster / macs
-            ms = latency.decode_ms_per_token if is_decode else latency.prefill_ms
-            spread = latency.decode_iqr_ms if is_decode else latency.prefill_iqr_ms
-            numbers = (f"{ms:.1f}", f"{spread:.1f}", f"{macs:.3f}", f"{faster:.3f}")
-            table.add_row(name, f"{costs[name][2]:.1%}", *numbers, f"{realised:.3f}")
+            row = [name, f"{costs[name][2]:.1%}"]
+            realised, faster = [], []
+            for ours, dense in zip(_clocks(latency), _clocks(found["dense"]), strict=True):
+                speed_up = ours.decode_speed_up if is_decode else ours.prefill_speed_up
+                ms = ours.decode_ms_per_token if is_decode else ours.prefill_ms
+                spread = ours.decode_iqr_ms if is_decode else ours.prefill_iqr_ms
+                row.append(f"{ms:.1f} ({spread:.1f})")
+                faster.append(speed_up(dense))
+                realised.append(faster[-1] / macs)
+            row += [f"{macs:.3f}", f"{faster[0]:.3f}", *(f"{value:.3f}" for value in realised)]
+            table.add_row(*row)
+            key = f"torch_{workload}_{name}".replace(", ", "_").replace(" ", "_").replace("%", "")
             if name != "dense":
-                key = f"torch_{workload}_{name}".replace(", ", "_").replace(" ", "_")
-                figures[key.replace("%", "")] = realised
+                figures |= dict(zip((key, f"{key}_cpu"), realised, strict=False))
         console.print(table)
-    figures["torch_prefill"] = figures["torch_prefill_uniform_60"]
-    figures["torch_decode"] = figures["torch_decode_uniform_60"]
+    for workload in ("torch_prefill", "torch_decode"):
+        for clock in ("", "_cpu"):
+            figures[f"{workload}{clock}"] = figures[f"{workload}_uniform_60{clock}"]
+
+
+def _clocks(latency: Latency) -> list[Latency]:
+    """Return a latency in wall time and in processor time."""
+    return [latency, latency.processor or latency]
 
 
 def _training_net(name: str, train_base: bool = False) -> SuperNetwork:
@@ -246,13 +258,14 @@ def _training(console: Console, args: argparse.Namespace, figures: dict[str, Any
         order = [("full", largest), ("random", config)]
         seconds = {}
         for label, wanted in order if number % 2 else reversed(order):
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             step(wanted)
-            seconds[label] = time.perf_counter() - started
+            seconds[label] = time.perf_counter() - started[0], time.process_time() - started[1]
         if number:  # the first is a warm-up
-            pairs.append((seconds["full"], seconds["random"]))
+            pairs.append((*seconds["full"], *seconds["random"]))
             shares.append(cost(config).block_macs / cost(largest).block_macs)
-    ratios = [random / full for full, random in pairs]
+    ratios = [random / full for full, _, random, _ in pairs]
+    cpu_ratios = [random / full for _, full, _, random in pairs]
     memory = {
         label: peak_memory(
             "realised_speedup:prepare_training", {"model": args.model, "train_base": b}
@@ -262,17 +275,19 @@ def _training(console: Console, args: argparse.Namespace, figures: dict[str, Any
     figures["train_step_random_over_full"] = statistics.mean(ratios)
     figures["train_step_random_over_full_min"] = min(ratios)
     figures["train_step_random_over_full_max"] = max(ratios)
+    figures["train_step_random_over_full_cpu"] = statistics.mean(cpu_ratios)
     figures["train_step_block_macs_share"] = statistics.mean(shares)
     figures |= {f"train_peak_{label}_mb": peak.peak_mb for label, peak in memory.items()}
     figures["train_peak_lonas_over_full_weights"] = (
         memory["lonas"].peak_mb / memory["full_weights"].peak_mb
     )
-    full_s, random_s = (statistics.mean(column) for column in zip(*pairs, strict=True))
+    full_s, _, random_s, _ = (statistics.mean(column) for column in zip(*pairs, strict=True))
     console.print(
         f"training step, {args.steps} of each: full size {full_s:.2f} s, random sub-networks "
         f"{random_s:.2f} s ({statistics.mean(shares):.0%} of the blocks' MACs), "
-        f"ratio {statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); peak "
-        f"memory {memory['lonas'].peak_mb:.0f} MB, of training all weights "
+        f"ratio {statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}), of CPU "
+        f"time {statistics.mean(cpu_ratios):.3f}; peak memory {memory['lonas'].peak_mb:.0f} MB, "
+        f"of training all weights "
         f"{memory['full_weights'].peak_mb:.0f} MB"
     )
 

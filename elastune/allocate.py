@@ -101,7 +101,8 @@ def allocate(space: SearchSpace, losses: Losses, costs: CostOf, budget: float) -
 
     An integer programme, solved exactly, in which costs are taken to add up over dims. Where they
     do not quite (the rank of an adapter times the width it follows) the answer's own cost is
-    checked and the budget tightened until it holds. Blocks are never all left out.
+    checked and the budget tightened until it holds; the answer is then good, not always the best.
+    Blocks are never all left out.
 
     Args:
         space: of the configurations.
@@ -219,7 +220,8 @@ class _Problem:
             integrality=np.ones(len(self.columns)),
             bounds=Bounds(0, allowed.astype(float)),
             constraints=constraints,
-            options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
+            # Its presolve prints on standard output now and then.
+            options={"mip_rel_gap": 0.0, "time_limit": _SECONDS, "presolve": False},
         )
         if answer.x is None:
             return None

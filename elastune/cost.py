@@ -6,8 +6,6 @@ What counts as a MAC is in `elastune.macs`. What is measured is in `elastune.lat
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -20,9 +18,8 @@ from transformers import PreTrainedModel
 from elastune.elastic.lora import ElasticLoRALinear
 from elastune.linears import in_features, is_linear, out_features, weight_of
 from elastune.macs import Row, Work, total
-from elastune.models.architecture import Architecture, type_of
+from elastune.models.architecture import Architecture
 from elastune.models.blocks import PARTS, Block, Part, Weights, blocks
-from elastune.models.families import record_for
 from elastune.space import DimKind, ElasticDim, SearchSpace, SubnetConfig
 from elastune.structure import STRUCTURE_KINDS, full_size
 from elastune.supernet import SuperNetwork
@@ -375,25 +372,3 @@ def cuts_of(block: Block, space: SearchSpace) -> dict[DimKind, ElasticDim]:
         if is_here and dim.kind in STRUCTURE_KINDS:
             found[dim.kind] = dim
     return found
-
-
-@torch.inference_mode()
-def prefill_latency_ms(
-    model: PreTrainedModel, tokens: int, *, repeats: int = 7, warmup: int = 2
-) -> float:
-    """Measure one forward pass over ``tokens`` tokens, batch 1: the median, in milliseconds."""
-    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.device)
-    options: dict[str, Any] = {}
-    if record_for(type_of(model)).kind == "decoder":
-        options["logits_to_keep"] = 1
-    times = []
-    for repeat in range(warmup + repeats):
-        started = time.perf_counter()
-        model(input_ids=ids, **options)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        if repeat >= warmup:
-            times.append((time.perf_counter() - started) * 1000)
-    return statistics.median(times)

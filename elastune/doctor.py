@@ -26,8 +26,8 @@ def examine() -> dict[str, Any]:
     """Return versions, devices, memory, built-in models and tasks."""
     import torch
 
-    from elastune.models.families import known_model_types
     from elastune.models.builtin import BUILTIN
+    from elastune.models.families import known_model_types
     from elastune.tasks import TASKS
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -2,7 +2,8 @@
 
 A figure belongs to its conditions: device, threads, batch, length. Machines drift while they
 measure, so that what is to be compared is measured in turns, round by round, and ratios are taken
-within a round. `elastune.latency_table` predicts.
+within a round. Processor time is kept beside wall time: on a CPU that other programs use too, it is
+what can still be compared. `elastune.latency_table` predicts.
 
 Prefill is one forward pass over a prompt that fills the cache, with the logits of the last token
 alone; decoding is one token at a time after it.
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +72,7 @@ class Latency:
         conditions: what they were measured under.
         device: ``"cpu"`` or the name of the GPU.
         threads: of the CPU, within an operation.
+        processor: the same rounds in processor time, all threads together; None on a GPU.
     """
 
     prefill_samples_ms: tuple[float, ...]
@@ -77,6 +80,7 @@ class Latency:
     conditions: Conditions
     device: str
     threads: int
+    processor: Latency | None = None
 
     @property
     def prefill_ms(self) -> float:
@@ -153,7 +157,7 @@ def compare_latency(
     plain = {name: _model_of(model) for name, model in models.items()}
     for model in plain.values():
         _check_length(model, conditions)
-    samples: dict[str, list[tuple[float, float | None]]] = {name: [] for name in models}
+    samples: dict[str, list[_Sample]] = {name: [] for name in models}
     with ExitStack() as modes, torch.inference_mode():
         for model in {id(model): model for model in plain.values()}.values():
             modes.enter_context(evaluating(model))
@@ -179,16 +183,26 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _latency(
-    model: PreTrainedModel, rows: Sequence[tuple[float, float | None]], conditions: Conditions
-) -> Latency:
-    return Latency(
-        tuple(prefill for prefill, _ in rows),
-        tuple(decode for _, decode in rows if decode is not None),
-        conditions,
-        device_name(model.device),
-        torch.get_num_threads(),
-    )
+class _Sample(NamedTuple):
+    """Milliseconds of one round: wall time and processor time."""
+
+    prefill: tuple[float, float]
+    decode: tuple[float, float] | None
+    """Per token."""
+
+
+def _latency(model: PreTrainedModel, rows: Sequence[_Sample], conditions: Conditions) -> Latency:
+    def of(clock: int, processor: Latency | None) -> Latency:
+        return Latency(
+            tuple(row.prefill[clock] for row in rows),
+            tuple(row.decode[clock] for row in rows if row.decode is not None),
+            conditions,
+            device_name(model.device),
+            torch.get_num_threads(),
+            processor,
+        )
+
+    return of(0, None if model.device.type == "cuda" else of(1, None))
 
 
 def _model_of(measured: Measured) -> PreTrainedModel:
@@ -206,7 +220,7 @@ def _check_length(model: PreTrainedModel, conditions: Conditions) -> None:
         )
 
 
-def _round(measured: Measured, conditions: Conditions) -> tuple[float, float | None]:
+def _round(measured: Measured, conditions: Conditions) -> _Sample:
     """Measure one prefill and the decoding after it."""
     if not isinstance(measured, tuple):
         return _time(_model_of(measured), conditions)
@@ -215,8 +229,8 @@ def _round(measured: Measured, conditions: Conditions) -> tuple[float, float | N
         return _time(net.model, conditions)
 
 
-def _time(model: PreTrainedModel, conditions: Conditions) -> tuple[float, float | None]:
-    """Return milliseconds of one prefill, and per decoded token."""
+def _time(model: PreTrainedModel, conditions: Conditions) -> _Sample:
+    """Time one prefill and the decoding after it."""
     is_decoder = record_for(type_of(model)).kind == "decoder"
     inputs = _inputs(model, conditions)
     options: dict[str, object] = {}
@@ -224,18 +238,31 @@ def _time(model: PreTrainedModel, conditions: Conditions) -> tuple[float, float 
         options["logits_to_keep"] = 1
     if is_decoder:
         options["use_cache"] = True
-    now = _clock(model.device)
-    started = now()
+    started = _now(model.device)
     out = model(**inputs, **options)
-    prefill = (now() - started) * 1000
+    prefill = _since(started, model.device)
     if not is_decoder or conditions.new_tokens == 0:
-        return prefill, None
+        return _Sample(prefill, None)
     cache = out.past_key_values
     token = inputs["input_ids"][:, -1:]
-    started = now()
+    started = _now(model.device)
     for _ in range(conditions.new_tokens):
         model(input_ids=token, past_key_values=cache, **options)
-    return prefill, (now() - started) * 1000 / conditions.new_tokens
+    wall, processor = _since(started, model.device)
+    return _Sample(prefill, (wall / conditions.new_tokens, processor / conditions.new_tokens))
+
+
+def _now(device: torch.device) -> tuple[float, float]:
+    """Return wall and processor time in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter(), time.process_time()
+
+
+def _since(started: tuple[float, float], device: torch.device) -> tuple[float, float]:
+    """Return milliseconds gone by."""
+    wall, processor = _now(device)
+    return (wall - started[0]) * 1000, (processor - started[1]) * 1000
 
 
 def _inputs(model: PreTrainedModel, conditions: Conditions) -> dict[str, Tensor]:
@@ -250,15 +277,3 @@ def _inputs(model: PreTrainedModel, conditions: Conditions) -> dict[str, Tensor]
     shape = (conditions.batch, conditions.prompt_tokens)
     ids = torch.randint(0, vocabulary, shape, generator=generator)
     return {"input_ids": ids.to(model.device)}
-
-
-def _clock(device: torch.device) -> Callable[[], float]:
-    """Return a clock, in seconds, that first waits for what the device still does."""
-    if device.type != "cuda":
-        return time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -67,12 +67,20 @@ class LatencyTable:
     measured: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def measure(cls, net: SuperNetwork, conditions: Conditions | None = None) -> LatencyTable:
+    def measure(
+        cls,
+        net: SuperNetwork,
+        conditions: Conditions | None = None,
+        *,
+        clock: Literal["wall", "processor"] = "wall",
+    ) -> LatencyTable:
         """Measure a super-network's choices, equal blocks together; adapters are off meanwhile.
 
         Args:
             net: with dims of structure; ends as it was.
             conditions: `Conditions` of every measurement.
+            clock: what a millisecond is; processor time, on a CPU alone, is for machines that
+                other programs use too.
 
         Raises:
             BadRecipe: nothing of the structure is elastic.
@@ -90,7 +98,7 @@ class LatencyTable:
             for choice in group.choices[1:]:
                 config = SubnetConfig({**largest, **dict.fromkeys(group.dims, choice)})
                 wanted[f"{number}:{choice}"] = config
-        found = _measured(net, wanted, conditions)
+        found = _measured(net, wanted, conditions, clock)
         base = found["largest"]
         dims: dict[str, dict[int, Saving]] = {}
         for number, group in enumerate(groups):
@@ -107,7 +115,7 @@ class LatencyTable:
             for found_cuts in cuts
         ]
         full = (base.prefill_ms, base.decode_ms_per_token or 0.0)
-        about = _about(net, base, conditions)
+        about = _about(net, base, conditions) | {"clock": clock}
         return cls(full, bool(base.decode_samples_ms), dims, rows, about)
 
     def predict(self, config: SubnetConfig) -> PredictedLatency:
@@ -205,7 +213,7 @@ def table_error(
         raise BadRecipe("no sub-network was given to compare predictions with")
     conditions = conditions or Conditions(**table.measured["conditions"])
     wanted = {"largest": net.space.largest()} | {str(i): c for i, c in enumerate(configs)}
-    found = _measured(net, wanted, conditions)
+    found = _measured(net, wanted, conditions, table.measured["clock"])
     base = found.pop("largest")
     guesses = [table.predict(config) for config in configs]
     prefill_scale = base.prefill_ms / table.largest[0]
@@ -261,11 +269,17 @@ def _groups(net: SuperNetwork) -> list[_Group]:
 
 
 def _measured(
-    net: SuperNetwork, wanted: Mapping[str, SubnetConfig], conditions: Conditions
+    net: SuperNetwork, wanted: Mapping[str, SubnetConfig], conditions: Conditions, clock: str
 ) -> dict[str, Latency]:
     """Measure sub-networks in turns, without their adapters."""
     with _without_adapters(net):
-        return compare_latency({name: (net, c) for name, c in wanted.items()}, conditions)
+        found = compare_latency({name: (net, c) for name, c in wanted.items()}, conditions)
+    if clock == "wall":
+        return found
+    by_processor = {name: lat.processor for name, lat in found.items() if lat.processor is not None}
+    if clock != "processor" or len(by_processor) < len(found):
+        raise BadRecipe(f"clock is 'wall', or on a CPU 'processor'; got {clock!r}")
+    return by_processor
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from elastune.data import IGNORED_LABEL, PackedBatch
 from elastune.errors import BadRecipe
 from elastune.models import architecture
-from elastune.packing import supports_packed_attention
+from elastune.packing import padded_rows, reads_packed_rows, supports_packed_attention
 
 _CHUNK_ELEMENTS = 2**23
 """Logits held at once, about 32 MB in float32."""
@@ -218,6 +218,8 @@ def completion_logits(model: PreTrainedModel, batch: PackedBatch) -> Logits:
     Call it inside `packing.packed_attention`.
     """
     positions = _labelled(batch)
+    if not reads_packed_rows(model):
+        return _padded_logits(model, batch, positions)
     inputs: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "position_ids": batch.positions,
@@ -225,8 +227,27 @@ def completion_logits(model: PreTrainedModel, batch: PackedBatch) -> Logits:
     }
     if supports_packed_attention(model):
         inputs["sequence_starts"] = tuple(batch.starts.tolist())
-    head = model.get_output_embeddings()
-    if architecture(model).plain_head and not any(p.requires_grad for p in head.parameters()):
-        hidden = model.base_model(**inputs).last_hidden_state[0, positions]
-        return LazyLogits(hidden, head.weight, getattr(head, "bias", None))
+    if _has_frozen_head(model):
+        return _lazy(model, model.base_model(**inputs).last_hidden_state[0, positions])
     return model(**inputs, logits_to_keep=positions).logits[0]  # type: ignore[no-any-return]
+
+
+def _padded_logits(model: PreTrainedModel, batch: PackedBatch, positions: Tensor) -> Logits:
+    """Return the logits of a model that cannot keep the sequences of one row apart."""
+    ids, mask, places = padded_rows(batch.input_ids, batch.starts)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if _has_frozen_head(model):
+        hidden = model.base_model(**inputs).last_hidden_state
+        return _lazy(model, hidden.flatten(0, 1)[places[positions]])
+    return model(**inputs).logits.flatten(0, 1)[places[positions]]  # type: ignore[no-any-return]
+
+
+def _has_frozen_head(model: PreTrainedModel) -> bool:
+    """Tell whether logits are a matrix product with weights that get no gradient."""
+    head = model.get_output_embeddings()
+    return architecture(model).plain_head and not any(p.requires_grad for p in head.parameters())
+
+
+def _lazy(model: PreTrainedModel, hidden: Tensor) -> LazyLogits:
+    head = model.get_output_embeddings()
+    return LazyLogits(hidden, head.weight, getattr(head, "bias", None))

@@ -183,10 +183,47 @@ AttentionInterface.register(_ROWS, _one_token_per_row)
 
 
 def supports_packed_attention(model: PreTrainedModel) -> bool:
-    """Tell whether the model's attention is plain scaled dot-product attention."""
+    """Tell whether the model's attention is plain scaled dot-product attention, of the registry."""
     # Soft-capped scores (Gemma 2) need the eager kernel, with transformers' own packed mask.
     config = model.config.get_text_config()
-    return bool(model._supports_sdpa) and getattr(config, "attn_logit_softcapping", None) is None
+    is_plain = bool(model._supports_sdpa) and reads_packed_rows(model)
+    return is_plain and getattr(config, "attn_logit_softcapping", None) is None
+
+
+def reads_packed_rows(model: PreTrainedModel) -> bool:
+    """Tell whether the model can keep sequences apart that stand in one row.
+
+    Models with attention code of their own (BLOOM, MPT, Falcon) ignore restarting positions and
+    the registry alike: they need `padded_rows`.
+    """
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+class PaddedRows(NamedTuple):
+    """The sequences of a packed row, one below the other."""
+
+    input_ids: Tensor
+    """``(S, L)``, filled up at the end."""
+    attention_mask: Tensor
+    """int64 ``(S, L)``, 1 where there is a token."""
+    places: Tensor
+    """int64 ``(T,)``: where each token of the packed row stands in the ``S * L``."""
+
+
+def padded_rows(input_ids: Tensor, starts: Tensor) -> PaddedRows:
+    """Unpack a row of tokens.
+
+    Args:
+        input_ids: ``(1, T)``.
+        starts: ``(S + 1,)``, where sequences begin; the last entry is T.
+    """
+    starts = starts.to(input_ids.device).long()
+    lengths = starts.diff()
+    place = torch.arange(int(lengths.max()), device=input_ids.device)
+    mask = place[None, :] < lengths[:, None]
+    rows = input_ids.new_zeros(mask.shape)
+    rows[mask] = input_ids[0]
+    return PaddedRows(rows, mask.long(), mask.flatten().nonzero()[:, 0])
 
 
 def supports_segments(model: nn.Module) -> bool:
@@ -229,7 +266,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
     Backward passes with gradient checkpointing must happen inside it too. Models that
     `supports_packed_attention` refuses are left alone: transformers then finds the sequences by
-    their restarting positions and builds a mask.
+    their restarting positions and builds a mask, if `reads_packed_rows`.
     """
     if not supports_packed_attention(model):
         yield

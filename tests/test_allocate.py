@@ -96,6 +96,23 @@ def test_no_configuration_within_the_budget_loses_less(seed: int, depth: bool) -
     assert n_found >= 5
 
 
+def test_the_solver_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    space = structure(2, depth=False, ranks=True)
+    losses = {
+        name: {choice: abs(loss) for choice, loss in of_dim.items()}
+        for name, of_dim in random_losses(space, 5).items()
+    }
+
+    def cost(config: SubnetConfig) -> float:
+        return cost_of(config) + sum(
+            config[f"layers.{i}.down"] * config[f"layers.{i}.ffn"] for i in (0, 1)
+        )
+
+    # On this one its presolve does, where it is on.
+    allocate(space, losses, cost, 0.7 * cost(space.largest()))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_budget_that_a_configuration_meets_exactly_is_met() -> None:
     space = structure(3, depth=False)
     losses = {d.name: {c: float(i) for i, c in enumerate(d.choices)} for d in space.dims}

@@ -36,6 +36,21 @@ def test_the_python_example_leaves_stock_peft_adapters_beside_a_sparse_base(tmp_
 
 
 @pytest.mark.e2e
+def test_the_elastic_base_example_leaves_smaller_models(tmp_path: Path) -> None:
+    small = ["--steps", "1", "--batch-size", "2", "--n-report", "2", "--out", str(tmp_path)]
+    command = [sys.executable, str(EXAMPLES / "lonas_in_python.py"), *small]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["largest", "heuristic", "budget-75"]
+    assert all("134.5 M parameters" in line for line in lines if line.startswith("largest"))
+    # Equal widths in all blocks: the heuristic is an ordinary Llama checkpoint.
+    config = json.loads((tmp_path / "heuristic" / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["intermediate_size"] == 1152
+    assert config["num_attention_heads"] == 6
+
+
+@pytest.mark.e2e
 def test_the_fine_tuning_example_compares_two_systems(tmp_path: Path) -> None:
     folder = tmp_path / "glue" / "rte"
     folder.mkdir(parents=True)

@@ -44,7 +44,17 @@ WITHOUT_TORCH = (
         "search",
         "artifacts",
     ),
-    *("inputs", "files", "yaml_text", "progress", "report", "metrics", "statistics", "tasks", "autoload"),
+    *(
+        "inputs",
+        "files",
+        "yaml_text",
+        "progress",
+        "report",
+        "metrics",
+        "statistics",
+        "tasks",
+        "autoload",
+    ),
     "allocate",
 )
 HEAVY = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets")

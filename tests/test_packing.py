@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import encoded, tiny_model
+from tiny_models import VARIANTS, encoded, heads_of, tiny_model, tiny_variant
 from torch import Tensor
 
 from elastune.data import IGNORED_LABEL, PackedBatch, pack
+from elastune.losses import completion_loss
+from elastune.models.families import known_model_types
 from elastune.packing import (
     Segment,
     packed_attention,
+    padded_rows,
+    reads_packed_rows,
     row_attention,
     segment_attention,
     supports_packed_attention,
@@ -136,6 +140,45 @@ def test_models_that_cap_their_scores_keep_their_own_attention() -> None:
     assert not supports_packed_attention(model)
     with packed_attention(model):
         assert model.config._attn_implementation == "eager"
+
+
+DECODERS = [
+    name
+    for name in (*known_model_types(), *VARIANTS)
+    if "causal-lm" in heads_of(VARIANTS.get(name, (name,))[0])
+]
+#: Their attention is code of their own, blind to restarting positions and to the registry.
+OWN_ATTENTION = ("bloom", "mpt", "falcon")
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed_loss_of_every_decoder_is_that_of_each_sequence_alone(
+    name: str, trained_head: bool
+) -> None:
+    model = tiny_variant(name, "causal-lm").requires_grad_(trained_head)
+    examples = encoded(*LENGTHS)
+    expected = torch.tensor(0.0)
+    with torch.no_grad():
+        for example in examples:
+            ids = torch.tensor([example.input_ids])
+            logits = model(input_ids=ids[:, :-1]).logits[0]
+            first = example.n_prompt - 1  # the position that predicts the completion's first token
+            expected += torch.nn.functional.cross_entropy(
+                logits[first:], ids[0, first + 1 :], reduction="sum"
+            )
+        with packed_attention(model):
+            loss, count = completion_loss(model, pack(examples))
+    assert count == sum(LENGTHS) - 2 * len(LENGTHS)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    assert reads_packed_rows(model) == (name.partition("-")[0] not in OWN_ATTENTION)
+
+
+def test_padded_rows_hold_the_sequences_one_below_the_other() -> None:
+    rows = padded_rows(torch.tensor([[5, 6, 7, 8, 9, 3]]), torch.tensor([0, 2, 5, 6]))
+    assert rows.input_ids.tolist() == [[5, 6, 0], [7, 8, 9], [3, 0, 0]]
+    assert rows.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert rows.input_ids.flatten()[rows.places].tolist() == [5, 6, 7, 8, 9, 3]
 
 
 def test_packed_attention_without_starts_is_refused() -> None:

@@ -137,14 +137,16 @@ ElasticSlices = ElasticLinear | ElasticConv1D | ElasticNorm
 
 
 def can_slice(module: nn.Module) -> bool:
-    """Tell whether a module is a plain linear layer, or a norm of one weight per feature.
+    """Tell whether a module is a plain linear layer, or an RMS norm of one weight per feature.
 
-    Quantised layers are not: their weights are packed.
+    Quantised layers are not: their weights are packed. Nor is `nn.LayerNorm`, which keeps its size
+    in a second place.
     """
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return False
-    return weight.dim() == 1 or isinstance(module, nn.Linear | Conv1D)
+    is_norm = weight.dim() == 1 and not hasattr(module, "normalized_shape")
+    return is_norm or isinstance(module, nn.Linear | Conv1D)
 
 
 def make_sliceable(module: nn.Module) -> ElasticSlices:

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: how to load it, how large its blocks are, where it is from."""
+"""The README.md of an exported model: how to load it, the sizes of its blocks, its origin."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def model_card(
     """
     model = exported.model
     auto = auto_class(model).__name__
-    lines = _LOADING.get(format.name, _PLAIN).format(auto=f"model = transformers.{auto}", folder=folder)
+    lines = _LOADING.get(format.name, _PLAIN).format(
+        auto=f"model = transformers.{auto}", folder=folder
+    )
     if exported.adapter is not None:
         lines += _ADAPTER.format(folder=folder)
     n_params = sum(p.numel() for p in model.parameters())

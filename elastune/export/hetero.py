@@ -8,8 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from elastune.errors import UnsupportedModel
-from elastune.export.base import Exported, Format, empty_model, full_block, stock_class, stock_config
-from elastune.export.base import with_weights
+from elastune.export.base import (
+    Exported,
+    Format,
+    empty_model,
+    full_block,
+    stock_class,
+    stock_config,
+    with_weights,
+)
 from elastune.models.blocks import BlockShape
 from elastune.models.per_layer_config import HALVES
 from elastune.models.registration import FamilyClasses, family_classes
@@ -43,10 +50,9 @@ def _tell_sizes(config: Any, sub: Subnetwork, classes: FamilyClasses) -> None:
     block = full_block(sub.model)
     fields = classes.family.fields
     whole = {fields[name]: size for name, size in block.shape._asdict().items()}
-    # Some families compute these from others; caches ask for the size of a head.
+    # Some families have no such fields and compute these; caches ask for the size of a head.
     for name, size in (whole | {"head_dim": block.head_dim}).items():
-        if getattr(config, name, None) is None:
-            setattr(config, name, size)
+        setattr(config, name, size)
     found = {}
     for number, shape in enumerate(sub.shapes):
         own = _own_sizes(shape, block.shape, fields)
@@ -59,7 +65,9 @@ def _own_sizes(shape: BlockShape, full: BlockShape, fields: Any) -> dict[str, An
     """Return what a block has of its own: sizes, and which halves it skips."""
     sizes = {n: s for n, s in shape._asdict().items() if s and s != getattr(full, n)}
     own: dict[str, Any] = {fields[name]: size for name, size in sizes.items()}
-    skipped = [half for half, size in zip(HALVES, (shape.heads, shape.ffn), strict=True) if not size]
+    skipped = [
+        half for half, size in zip(HALVES, (shape.heads, shape.ffn), strict=True) if not size
+    ]
     return own | ({"skip": skipped} if skipped else {})
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from elastune.export.base import (
@@ -47,8 +48,8 @@ def uniform_model(
         _validate(config)
         made = empty_model(stock_class(model), config)
         found = blocks(made)
-    except (ValueError, TypeError, RuntimeError, AttributeError, AssertionError) as error:
-        return None, f"{why}: {str(error).strip().splitlines()[-1]}"
+    except (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError) as error:
+        return None, f"{why}: {str(error).strip().splitlines()[-1].strip()}"
     fits = all(b.shape == shape and b.head_dim == block.head_dim for b in found)
     return (made, "") if fits else (None, why)
 

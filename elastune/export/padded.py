@@ -18,8 +18,8 @@ from elastune.errors import UnsupportedModel
 from elastune.export.base import Exported, Format, full_block, with_weights
 from elastune.export.hf import uniform_model
 from elastune.linears import in_features, is_linear, is_transposed, out_features
-from elastune.models.blocks import PARTS, Block, BlockShape, Weights, blocks
 from elastune.models.architecture import type_of
+from elastune.models.blocks import PARTS, Block, BlockShape, Weights, blocks
 from elastune.models.families import record_for
 from elastune.subnetwork import Subnetwork
 
@@ -59,7 +59,8 @@ def _make(sub: Subnetwork) -> Exported:
             found = adapters.get(f"{block.name}.{path}")
             if found is not None:
                 target = block.module.get_submodule(path)
-                adapters[f"{block.name}.{path}"] = _pad_adapter(found, target, dim, index)
+                factor = _norm_factor(block, path, own)
+                adapters[f"{block.name}.{path}"] = _pad_adapter(found, target, dim, index, factor)
     adapter = None if sub.adapter is None else replace(sub.adapter, weights=adapters)
     model = with_weights(made, sub.model, state)
     return Exported(model, adapter, [shape] * len(sub.shapes), (_note(sub, model),))
@@ -87,13 +88,32 @@ def _pad_block(
             source = have.get(f"{path}.{name}")
             if source is not None:
                 axis = 1 - dim if is_transposed(target_module) else dim
+                factor = _norm_factor(block, path, own)
+                factor = factor if is_linear(target_module) else 1 / factor
                 padded = _spread(source, target.shape, axis, index)
-                is_norm = target.dim() == 1 and not is_linear(target_module)
-                # Zeros lower the mean square that a norm over all heads divides by. (Its epsilon
-                # should shrink likewise, but is the same for all blocks; reloading checks it.)
-                share = index.numel() / target.shape[0]
-                found[f"{path}.{name}"] = padded * share**0.5 if is_norm else padded
+                found[f"{path}.{name}"] = padded if factor == 1 else padded * factor
     return found
+
+
+def _norm_factor(block: Block, path: str, own: BlockShape) -> float:
+    """Return by how much q or k is scaled, and its norm back, where one norm spans all heads.
+
+    Zeros lower the mean square that such a norm divides by. Larger features make up for it, so that
+    its epsilon weighs as before; the norm's own weights undo it.
+    """
+    roles = {block.record.roles[role]: role for role in ("q", "k") if role in block.record.roles}
+    for follower, role in block.record.attention.followers.items():
+        module = dict(block.module.named_modules()).get(follower)
+        if module is None or is_linear(module) or own.heads == 0:
+            continue
+        if path == follower or roles.get(path) == role:
+            full, size = (
+                (block.shape.heads, own.heads)
+                if role == "q"
+                else (block.shape.kv_heads, own.kv_heads)
+            )
+            return float((full / size) ** 0.5)
+    return 1.0
 
 
 def _spread(source: Tensor, shape: Sequence[int], axis: int, index: Tensor) -> Tensor:
@@ -106,12 +126,12 @@ def _spread(source: Tensor, shape: Sequence[int], axis: int, index: Tensor) -> T
 
 
 def _pad_adapter(
-    found: tuple[Tensor, Tensor, float], target: nn.Module, dim: int, index: Tensor
+    found: tuple[Tensor, Tensor, float], target: nn.Module, dim: int, index: Tensor, factor: float
 ) -> tuple[Tensor, Tensor, float]:
     """Give an adapter the in and out features of the layer at the common size."""
     a, b, scale = found
     if dim == 0:
-        return a, _spread(b, (out_features(target), b.shape[1]), 0, index), scale
+        return a, factor * _spread(b, (out_features(target), b.shape[1]), 0, index), scale
     return _spread(a, (a.shape[0], in_features(target)), 1, index), b, scale
 
 

@@ -40,9 +40,7 @@ def snap_to_uniform(
         dims = [dim for dim in space.dims if dim.kind == part]
         if dims and left:
             size = _common_size(part, dims, config, left)
-            changes |= {
-                dim.name: size if size in dim.choices else config[dim.name] for dim in dims
-            }
+            changes |= {dim.name: size if size in dim.choices else config[dim.name] for dim in dims}
     return SubnetConfig({**config, **changes})
 
 

@@ -168,12 +168,14 @@ class Architecture:
         return [name for name in names if name.endswith("pooler")]
 
     def check(self, model: nn.Module) -> None:
-        """Raise UnsupportedModel unless every path of this record leads to a module."""
+        """Raise UnsupportedModel unless the paths of this record lead to modules."""
         blocks = self.blocks_of(model)
         if len(blocks) == 0:
             return
         for role in self.roles:
             self._holds(blocks[0], role, f"role {role!r}")
+        if not set(self.norms) & {name for name, _ in blocks[0].named_modules()}:
+            self._find(blocks[0], self.norms[0], "norm")
 
     def _holds(self, block: nn.Module, role: str, what: str) -> bool:
         """Tell whether a block has the layer of a role; without heads it may have no attention."""

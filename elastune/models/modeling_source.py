@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import pprint
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -98,11 +98,19 @@ def _ordered(imports: set[str]) -> str:
 
 
 def _literal(family: Family) -> str:
-    fields = [
-        f"    {name}={pprint.pformat(value, width=90, sort_dicts=False)},"
-        for name, value in vars(family).items()
-    ]
-    return "Family(\n" + "\n".join(fields) + "\n)"
+    lines = []
+    for name, value in vars(family).items():
+        if isinstance(value, Mapping) and value:
+            lines.append(f"    {name}={{")
+            lines += [f"        {_quoted(k)}: {_quoted(v)}," for k, v in value.items()]
+            lines.append("    },")
+        else:
+            lines.append(f"    {name}={_quoted(value)},")
+    return "\n".join(["Family(", *lines, ")"])
+
+
+def _quoted(value: object) -> str:
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _config_text(config: type[PreTrainedConfig], stock: type) -> str:
@@ -110,6 +118,7 @@ def _config_text(config: type[PreTrainedConfig], stock: type) -> str:
         f"class {config.__name__}(PerLayerConfig, {stock.__name__}):\n"
         f'    """Sizes of the whole model, and of single layers in ``per_layer_config``."""\n\n'
         f'    model_type = "{config.model_type}"\n'
+        + ("    head_dim = None\n" if "head_dim" in vars(config) else "")
     )
 
 

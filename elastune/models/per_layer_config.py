@@ -27,8 +27,13 @@ class PerLayerConfig:
         """Return a copy of the stock class, all layers alike: of the sizes of the whole config."""
         config: Any = copy.deepcopy(self)
         config.per_layer_config = None
-        config.__class__ = type(self).__bases__[-1]
-        vars(config).pop("auto_map", None)
+        stock = config.__class__ = type(self).__bases__[-1]
+        # What the stock class computes is not kept.
+        kept = {
+            n: v for n, v in vars(config).items() if not isinstance(getattr(stock, n, 0), property)
+        }
+        vars(config).clear()
+        vars(config).update({name: v for name, v in kept.items() if name != "auto_map"})
         return config
 
     def validate(self) -> None:

@@ -63,7 +63,7 @@ class PerLayerModel:
         uniform = model.config
         # What the stock class found out, such as the kind of attention, holds for all layers.
         vars(config).update(vars(uniform))
-        views = {None: _view(config, uniform, self.family)}
+        views: dict[int | None, Any] = {None: _view(config, uniform, self.family)}
         blocks = model.base_model.get_submodule(self.family.blocks)
         for number, block in enumerate(blocks):
             _fit(block, number, layer_sizes(config, number, self.family), self.family)
@@ -122,7 +122,9 @@ def resize(module: Any, rows: int | None, columns: int | None) -> None:
         if cut.shape != parameter.shape:
             copied = cut.detach().clone(memory_format=torch.contiguous_format)
             setattr(module, name, nn.Parameter(copied, parameter.requires_grad))
-    names = {"nf": rows, "nx": columns} if turned else {"out_features": rows, "in_features": columns}
+    names = (
+        {"nf": rows, "nx": columns} if turned else {"out_features": rows, "in_features": columns}
+    )
     for name, size in names.items():
         if size is not None and hasattr(module, name):
             setattr(module, name, size)
@@ -151,7 +153,9 @@ def _view(config: Any, source: Any, family: Family) -> ConfigView:
     return ConfigView(config, {name: getattr(source, name) for name in names})
 
 
-def _set_configs(model: nn.Module, config: Any, blocks: Any, views: Mapping[Any, Any]) -> None:
+def _set_configs(
+    model: nn.Module, config: Any, blocks: Any, views: Mapping[int | None, Any]
+) -> None:
     """Give models the whole config, and modules that keep one the view of their own block."""
     home = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
     models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]

@@ -138,7 +138,9 @@ def family_of(stock_type: str) -> Family:
 
 
 def _config_class(stock_type: str, stock: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    content = {"model_type": f"{HETERO_PREFIX}{stock_type}", "__module__": __name__}
+    content: dict[str, Any] = {"model_type": f"{HETERO_PREFIX}{stock_type}", "__module__": __name__}
+    if isinstance(getattr(stock, "head_dim", None), property):  # computed from the number of heads
+        content["head_dim"] = None
     return type(f"Elastune{stock.__name__}", (PerLayerConfig, stock), content)
 
 
