@@ -320,6 +320,22 @@ def test_a_size_that_differs_by_layer_is_never_read_from_the_whole_config(tmp_pa
     assert [layer.self_attn.config.num_attention_heads for layer in model.model.layers] == [2, 4]
 
 
+def test_gradients_are_the_same_with_checkpointing(tmp_path: Path) -> None:
+    save_subnetwork(cut("qwen3", "causal-lm", HALVES), word_tokenizer(), tmp_path / "model")
+    found = []
+    for checkpointing in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", dtype=torch.float32
+        ).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.tensor([[5, 6, 7, 8]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*found, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
 def test_a_config_that_skips_what_is_unknown_is_refused() -> None:
     config = family_classes("llama").config
     with pytest.raises(ValueError, match=r"layer 1 skips \['norm'\]"):
@@ -370,6 +386,7 @@ def test_what_was_written_is_listed_with_its_size(tmp_path: Path) -> None:
     assert SubnetConfig.from_json(text) == sub.config
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_an_unmerged_adapter_comes_as_stock_peft_beside_the_model(
     format: str, tmp_path: Path

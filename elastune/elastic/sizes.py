@@ -31,5 +31,8 @@ def set_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
         setattr(module, name, value)
     if read:
         config: Any = module.config
-        config = config.__dict__["_config"] if isinstance(config, ConfigView) else config
-        module.config = ConfigView(config, read)  # type: ignore[assignment]
+        held: dict[str, Any] = {}
+        if isinstance(config, ConfigView):
+            held = dict(vars(config))
+            config = held.pop("_config")
+        module.config = ConfigView(config, held | read)  # type: ignore[assignment]

@@ -46,6 +46,7 @@ def _make(sub: Subnetwork) -> Exported:
 def _tell_sizes(config: Any, sub: Subnetwork, classes: FamilyClasses) -> None:
     """Turn a stock config into one that also says the sizes of single blocks."""
     config.__class__ = classes.config
+    vars(config).pop("model_type", None)  # the class says it; read from a file, it stands here too
     config.architectures = None  # set when the model is saved
     block = full_block(sub.model)
     fields = classes.family.fields

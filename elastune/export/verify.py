@@ -44,7 +44,7 @@ def verify(
     loaded = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
     expected: Any = model
     if model.dtype != torch.float32 or model.device.type != "cpu" or adapter is not None:
-        expected = copy.deepcopy(model).to(device="cpu", dtype=torch.float32)  # type: ignore[call-overload]
+        expected = copy.deepcopy(expected).to("cpu", torch.float32)
     if adapter is not None:
         with tempfile.TemporaryDirectory() as temporary:
             adapter.save(Path(temporary) / "adapter")
@@ -75,7 +75,7 @@ def _round_buffers(loaded: Any, model: PreTrainedModel) -> None:
 def auto_class(model: PreTrainedModel) -> Any:
     """Return the auto class that makes models of this class from a checkpoint."""
     config = type(model.config)
-    stock_type = str(model.config.model_type)
+    stock_type = str(config.model_type)
     if stock_type.startswith(HETERO_PREFIX):
         register(stock_type.removeprefix(HETERO_PREFIX))
     for name in AUTO_CLASSES:

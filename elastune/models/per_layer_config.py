@@ -28,12 +28,11 @@ class PerLayerConfig:
         config: Any = copy.deepcopy(self)
         config.per_layer_config = None
         stock = config.__class__ = type(self).__bases__[-1]
-        # What the stock class computes is not kept.
-        kept = {
-            n: v for n, v in vars(config).items() if not isinstance(getattr(stock, n, 0), property)
-        }
-        vars(config).clear()
-        vars(config).update({name: v for name, v in kept.items() if name != "auto_map"})
+        # What the stock class says or computes itself is not kept.
+        dropped = {"auto_map", "model_type"}
+        dropped |= {n for n in vars(config) if isinstance(getattr(stock, n, None), property)}
+        for name in dropped:
+            vars(config).pop(name, None)
         return config
 
     def validate(self) -> None:

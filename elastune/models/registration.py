@@ -76,7 +76,7 @@ class _Saved:
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Save as the stock class does, and the modelling file beside the weights."""
         model: Any = self
-        classes = family_classes(model.config.model_type.removeprefix(HETERO_PREFIX))
+        classes = family_classes(type(model.config).model_type.removeprefix(HETERO_PREFIX))
         model.config.auto_map = classes.auto_map()
         super().save_pretrained(save_directory, **options)  # type: ignore[misc]
         write_text(Path(save_directory) / classes.file_name, classes.source())
