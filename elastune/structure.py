@@ -28,6 +28,7 @@ from elastune.elastic.skip import (
     unmake_skippable,
 )
 from elastune.errors import InvalidSpace
+from elastune.linears import out_features
 from elastune.models.blocks import PARTS, Block, BlockShape, Part, blocks
 from elastune.space import ElasticDim, SubnetConfig
 
@@ -71,6 +72,7 @@ class ElasticStructure:
         for dim in dims:
             for block in self._of_dim[dim.name]:
                 check_choices(dim.name, dim.kind, dim.choices, block)
+                _check_weights(dim, block)
         _refuse_overlap(dims, self._of_dim)
         self._made: list[nn.Module] = []
         self._choices = {
@@ -157,10 +159,6 @@ class ElasticStructure:
     def _sliceable(self, block: Block, path: str) -> nn.Module:
         module = block.module.get_submodule(path)
         if module not in self._made:
-            if not can_slice(module):
-                raise InvalidSpace(
-                    f"{block.name}.{path} is a {type(module).__name__}, whose weight cannot be cut"
-                )
             self._made.append(make_sliceable(module))
         return module
 
@@ -191,12 +189,9 @@ def absent_attention(block: Block) -> AbsentAttention:
     # Where the output projection stands outside, it is absent by itself.
     is_inside = f"{output}.".startswith(f"{attention.path}.")
     module = block.module.get_submodule(attention.path)
-    width = block.module.get_submodule(output).out_features if is_inside else 0  # type: ignore[union-attr]
-    return AbsentAttention(
-        int(width),  # type: ignore[arg-type]
-        getattr(module, "layer_idx", None),
-        attention.adds_residual,
-    )
+    width = out_features(block.module.get_submodule(output)) if is_inside else 0
+    layer_idx = getattr(module, "layer_idx", None)
+    return AbsentAttention(width, layer_idx, attention.adds_residual)
 
 
 def full_size(block: Block, kind: str) -> int:
@@ -233,6 +228,20 @@ def check_choices(name: str, kind: str, choices: Sequence[int], block: Block) ->
 
 
 _NOUNS = {"heads": "heads", "ffn": "channels", "depth": "block (1 or 0)"}
+
+
+def _check_weights(dim: ElasticDim, block: Block) -> None:
+    """Raise InvalidSpace unless all that a dim cuts in a block can be cut."""
+    if dim.kind == "depth":
+        return
+    part: Part = "heads" if dim.kind == "heads" else "ffn"
+    for weights in block.weights_of(part, torch.arange(block.n_units(part))):
+        module = block.module.get_submodule(weights.path)
+        if not can_slice(module):
+            raise InvalidSpace(
+                f"{dim.name}: {block.name}.{weights.path} is a {type(module).__name__}, whose "
+                "weight cannot be cut"
+            )
 
 
 def _refuse_overlap(dims: Sequence[ElasticDim], of_dim: dict[str, list[Block]]) -> None:

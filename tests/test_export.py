@@ -328,7 +328,7 @@ def test_gradients_are_the_same_with_checkpointing(tmp_path: Path) -> None:
             tmp_path / "model", dtype=torch.float32
         ).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         ids = torch.tensor([[5, 6, 7, 8]])
         model(input_ids=ids, labels=ids).loss.backward()
         found.append([p.grad for p in model.parameters()])

@@ -236,6 +236,19 @@ def test_blocks_that_must_stay_are_passed_over_or_refused() -> None:
         structure_space(model, depth="all")
 
 
+def test_a_weight_that_cannot_be_cut_is_refused_before_any_is_touched() -> None:
+    model = tiny_model("llama")
+    space = structure_space(model, ffn=[1.0, 0.5], round_to=8)
+    packed = nn.Module()
+    packed.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
+    packed.in_features, packed.out_features = 32, 48
+    model.model.layers[1].mlp.up_proj = packed
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(InvalidSpace, match=r"layers\.1\.ffn: .*up_proj is a Module"):
+        SuperNetwork(model, space)
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_a_refused_space_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
     before = {name: type(module) for name, module in model.named_modules()}
