@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elastune.elastic.absent import AbsentLinear
+from elastune.elastic.absent import AbsentAttention, AbsentLinear
 from elastune.elastic.linear import (
     ElasticConv1D,
     ElasticLinear,
@@ -188,24 +188,29 @@ def _make_plain(
 def _fit(block: Block, module: nn.Module, shape: BlockShape, number: int) -> None:
     """Make a block's modules say the sizes they have, and put nothing where there is nothing."""
     record = block.record
+    held = dict(module.named_modules())  # without halves that a model cut before has lost
     for part in PARTS:
         for role in block.roles_of(part):
-            linear = module.get_submodule(record.roles[role])
+            linear = held.get(record.roles[role])
+            if linear is None or isinstance(linear, AbsentLinear):
+                continue
             _tell_features(linear)
             if getattr(shape, part) == 0:
                 width = out_features(linear) if role in ("o", "down") else 0
                 module.set_submodule(record.roles[role], AbsentLinear(width))
-    attention: Any = module.get_submodule(record.attention.path)
-    if hasattr(attention, "layer_idx"):
+    attention: Any = held[record.attention.path]
+    if hasattr(attention, "layer_idx") and attention.layer_idx is not None:
         attention.layer_idx = number
+    if isinstance(attention, AbsentAttention):
+        return
     if shape.heads == 0:
         stand_in = absent_attention(block)
         stand_in.layer_idx = number if hasattr(attention, "layer_idx") else None
         module.set_submodule(record.attention.path, stand_in)
         return
     for path in record.attention.followers:
-        if path in dict(module.named_modules()):
-            _tell_features(module.get_submodule(path))
+        if path in held:
+            _tell_features(held[path])
 
 
 def _tell_features(module: Any) -> None:

@@ -317,6 +317,21 @@ def test_an_extracted_model_holds_its_own_weights_alone() -> None:
         extract_model(net, largest_but(space, block=0))
 
 
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_sub_network_with_absent_halves_can_be_cut_again(family: str) -> None:
+    model = tiny_model(family, num_hidden_layers=3)
+    net = SuperNetwork(model, structure_space(model, ffn=[1.0, 0], heads=[1.0, 0]))
+    choices = dict(net.space.largest()) | {"layers.0.heads": 0, "layers.1.ffn": 0}
+    small = extract_model(net, SubnetConfig(choices)).model
+
+    again = SuperNetwork(small, structure_space(small, ffn={"layers.2.*": [1.0, 0.5]}, round_to=8))
+    again.activate(again.space.smallest())
+    ids = torch.arange(3, 13)[None]
+    smaller = extract_model(again, again.space.smallest()).model
+    with torch.no_grad():
+        assert torch.allclose(smaller(input_ids=ids)[0], again(input_ids=ids)[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "deberta-v2"])
 def test_a_model_with_absent_halves_is_read_and_adapted_like_any_other(name: str) -> None:
     model = tiny_variant(name, "base")
