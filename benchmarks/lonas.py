@@ -25,7 +25,7 @@ from rich.table import Table
 
 import elastune as et
 from elastune.artifacts import RunDirectory
-from elastune.choose import chosen
+from elastune.choose import allocate_budgets, chosen
 from elastune.config import load_recipe
 from elastune.console import ConsoleReporter
 from elastune.data import encode_all
@@ -33,6 +33,7 @@ from elastune.finetune import net_space
 from elastune.heads import HEADS
 from elastune.latency import Conditions, compare_latency
 from elastune.likelihood import example_losses
+from elastune.measure import measure
 from elastune.memory import peak_memory
 from elastune.methods import lonas
 from elastune.report import markdown_table, write_report
@@ -79,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_option(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/lonas"))
-    parser.add_argument("--loss-examples", type=int, default=100, help="of each set")
+    parser.add_argument("--loss-examples", type=int, default=60, help="of each set")
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
     parser.add_argument("--quick", action="store_true")
     return parser.parse_args()
@@ -98,9 +99,21 @@ def _run(args: argparse.Namespace, order: str, console: Console) -> Run:
     with directory.lock():
         directory.claim(recipe, update=True)
         run = Run(directory, recipe, ConsoleReporter(console))
-        lonas(run)
+        if order == "wanda":
+            lonas(run)
+        else:
+            run.sparsify()
+            run.train_supernet()
+            allocate_budgets(run)
+            measure(run, _of_interest(run, order))
         write_report(directory.root)
     return run
+
+
+def _of_interest(run: Run, order: str) -> list[str]:
+    """Return the systems of a run that are compared: of another order, its equal cuts."""
+    names = [*run.recipe.baselines, *chosen(run)]
+    return names if order == "wanda" else [name for name in names if name.startswith("uniform")]
 
 
 def _systems(run: Run) -> dict[str, Callable[[], Any]]:
@@ -141,15 +154,16 @@ def _losses(runs: dict[str, Run], n_examples: int) -> dict[str, dict[str, list[f
     for order, run in runs.items():
         cache = run.dir.root / f"gold_losses_{n_examples}.json"
         rows = json.loads(cache.read_text()) if cache.exists() else {}
+        wanted = _of_interest(run, order)
         for name, make in _systems(run).items():
-            if name not in rows:
+            if name in wanted and name not in rows:
                 model = make()
                 rows[name] = {
                     group: [part.tolist() for part in example_losses(model, run.tokenizer, found)]
                     for group, found in examples.items()
                 }
                 cache.write_text(json.dumps(rows))
-        for name in _systems(run):
+        for name in wanted:
             label = name if order == "wanda" else f"{name}, {order} order"
             measured[label] = rows[name]
     return {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from elastune.allocate import allocate, single_choice_losses, uniform_config
 from elastune.cost import CostModel
 from elastune.errors import BadRecipe
-from elastune.export import save_subnetwork
+from elastune.export import save_subnetwork, snap_to_uniform
 from elastune.extract import extract
 from elastune.files import read_json, write_json
 from elastune.objective import make_objective
@@ -142,20 +143,40 @@ def chosen(run: Run) -> dict[str, SubnetConfig]:
     return configs
 
 
-def extract_chosen(run: Run, configs: Mapping[str, SubnetConfig]) -> None:
-    """Write named sub-networks under ``subnets/``.
+def extract_chosen(
+    run: Run,
+    configs: Mapping[str, SubnetConfig],
+    *,
+    format: str | None = None,
+    uniform: bool = False,
+) -> list[Path]:
+    """Write named sub-networks under ``subnets/`` and return their folders.
 
     Where only ranks are elastic they are stock PEFT adapters for the base; else models of their
     own.
+
+    Args:
+        configs: name -> configuration.
+        format: of models; the recipe's by default.
+        uniform: write the nearest with all blocks alike instead, as ``<name>-uniform``.
+
+    Raises:
+        BadRecipe: a format or ``uniform`` where adapters are written.
     """
-    how = run.recipe.structure and [run.recipe.structure.format, run.recipe.structure.merge]
-    wanted = {
-        name: run.inputs("train", config.to_json(), *([how] if how else []))
-        for name, config in configs.items()
-    }
+    structure = run.recipe.structure
+    if structure is None and (format is not None or uniform):
+        raise BadRecipe(
+            "only ranks are elastic in this run: adapters have one format and no blocks to cut",
+            try_="leave --format and --uniform out",
+        )
+    if uniform:
+        configs = _snapped(run, configs)
+    how = [] if structure is None else [[format or structure.format, structure.merge]]
+    wanted = {name: run.inputs("train", config.to_json(), *how) for name, config in configs.items()}
+    folders = [run.dir.subnets / name for name in configs]
     todo = {n: c for n, c in configs.items() if not run.dir.is_done(f"extract/{n}", wanted[n])}
     if not todo:
-        return
+        return folders
     net = run.load_supernet()
     for name, config in todo.items():
         if net.structure is None and not any(config.values()):
@@ -166,18 +187,26 @@ def extract_chosen(run: Run, configs: Mapping[str, SubnetConfig]) -> None:
             continue
         folder = run.dir.subnets / name
         with run.dir.stage(f"extract/{name}", wanted[name], folder):
-            if net.structure is None:
+            if structure is None:
                 extract(net, config).save(folder, base=str(run.dir.base.resolve()))
-            else:
-                _save_model(run, net, name, config)
+                continue
+            subnet = extract_model(net, config, merge=structure.merge)
+            how_saved = format or structure.format
+            origin = run.recipe.model
+            saved = save_subnetwork(subnet, run.tokenizer, folder, format=how_saved, origin=origin)
+            run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
+            for note in saved.notes:
+                run.reporter.say(f"{name}: {note}")
+    return folders
 
 
-def _save_model(run: Run, net: SuperNetwork, name: str, config: SubnetConfig) -> None:
-    cfg = run.recipe.structure
-    assert cfg is not None
-    subnet = extract_model(net, config, merge=cfg.merge)
-    saved = save_subnetwork(subnet, run.tokenizer, run.dir.subnets / name, format=cfg.format)
-    run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
+def _snapped(run: Run, configs: Mapping[str, SubnetConfig]) -> dict[str, SubnetConfig]:
+    """Return the nearest sub-networks that ordinary checkpoints can hold."""
+    net = run.load_supernet()
+    return {
+        f"{name}-uniform": snap_to_uniform(net.space, config, net.model)
+        for name, config in configs.items()
+    }
 
 
 def named_config(space: SearchSpace, text: str) -> SubnetConfig:

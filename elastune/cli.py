@@ -125,9 +125,17 @@ def extract(
     name: Annotated[
         str | None, typer.Option(help="Folder under RUN/subnets for a JSON configuration.")
     ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="Of models: auto, hf, hf-padded, hf-hetero."),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="The nearest with blocks alike, for stock classes."),
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Write sub-adapters as stock PEFT adapters under RUN/subnets."""
+    """Write sub-networks under RUN/subnets: stock PEFT adapters, or smaller models."""
     with _errors(), _run(source, None, None, False) as work:
         from elastune.choose import chosen, extract_chosen, named_config
         from elastune.space import SearchSpace
@@ -140,8 +148,8 @@ def extract(
             if folder in wanted:
                 raise BadRecipe(f"two configurations for subnets/{folder}", try_="one at a time")
             wanted[folder] = known.get(text) or named_config(space, text)
-        extract_chosen(work, wanted)
-        folders = [str(work.dir.subnets / key) for key in wanted]
+        written = extract_chosen(work, wanted, format=format_, uniform=uniform)
+        folders = [str(folder) for folder in written]
         _show({"subnets": folders} if json_ else "\n".join(folders))
 
 
