@@ -1,10 +1,9 @@
 """LoNAS against LoRA at full size: what smaller sub-networks lose, and how much faster they are.
 
-Runs recipes/lonas-smollm2-commonsense.yaml twice, heads and channels sorted by importance and in
-natural order (finished runs are reused), then measures what its report does not: the loss of
-gold answers, paired example by example, on sets that were tuned on and on sets that were not;
-prefill and decode latency of all systems side by side; and the memory of a training step against
-that of a super-network whose weights are all trained.
+Runs recipes/lonas-smollm2-math.yaml twice, channels sorted by importance and in natural order
+(finished runs are reused), then measures what its report does not: the loss of the gold rationales
+of GSM8K's test set, paired example by example; prefill and decode latency of all systems side by
+side; and the memory of a training step against that of a super-network whose weights all train.
 
     python benchmarks/lonas.py [--out runs/lonas] [--quick]
 """
@@ -42,9 +41,7 @@ from elastune.subnetwork import extract_model
 from elastune.supernet import SuperNetwork
 from elastune.tasks import get_task
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "lonas-smollm2-commonsense.yaml"
-TUNED = ("boolq", "arc_easy", "openbookqa")
-OTHER = ("piqa", "siqa", "winogrande")
+RECIPE = Path(__file__).parent.parent / "recipes" / "lonas-smollm2-math.yaml"
 REFERENCE = "dense+lora"
 QUICK = [
     "train.max_steps=2",
@@ -52,11 +49,9 @@ QUICK = [
     "data.n_validation=4",
     "structure.probes=2",
     "structure.ffn=[1.0, 0.5]",
-    "structure.heads=null",
     "structure.budgets=[0.75]",
     "structure.calibration={source: c4, n_sequences: 4, length: 128}",
-    "evaluate.latency=false",
-    "evaluate.tasks=[{name: boolq, limit: 4}]",
+    "evaluate.tasks=[{name: wikitext2, limit: 2}]",
 ]
 
 
@@ -80,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_option(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/lonas"))
-    parser.add_argument("--loss-examples", type=int, default=60, help="of each set")
+    parser.add_argument("--loss-examples", type=int, default=48)
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
     parser.add_argument("--quick", action="store_true")
     return parser.parse_args()
@@ -140,36 +135,25 @@ def _systems(run: Run) -> dict[str, Callable[[], Any]]:
     return made
 
 
-def _losses(runs: dict[str, Run], n_examples: int) -> dict[str, dict[str, list[float]]]:
-    """Return system -> (tuned | other) -> [loss, minus the reference, standard error]."""
-    examples = {}
+def _losses(runs: dict[str, Run], n_examples: int) -> dict[str, list[float]]:
+    """Return system -> [loss, minus the reference, standard error], in nats a token."""
     run = runs["wanda"]
-    for group, names in (("tuned", TUNED), ("other", OTHER)):
-        found = []
-        for name in names:
-            task = get_task(name, data_dir=run.recipe.data.dir, tokenizer=run.tokenizer)
-            found += task.report_examples()[-n_examples:]
-        examples[group] = found
-    measured: dict[str, dict[str, Any]] = {}
+    task = get_task("gsm8k", data_dir=run.recipe.data.dir, tokenizer=run.tokenizer)
+    examples = task.report_examples()[:n_examples]
+    measured: dict[str, list[list[float]]] = {}
     for order, run in runs.items():
         cache = run.dir.root / f"gold_losses_{n_examples}.json"
         rows = json.loads(cache.read_text()) if cache.exists() else {}
         wanted = _of_interest(run, order)
         for name, make in _systems(run).items():
             if name in wanted and name not in rows:
-                model = make()
-                rows[name] = {
-                    group: [part.tolist() for part in example_losses(model, run.tokenizer, found)]
-                    for group, found in examples.items()
-                }
+                sums, counts = example_losses(make(), run.tokenizer, examples)
+                rows[name] = [sums.tolist(), counts.tolist()]
                 cache.write_text(json.dumps(rows))
         for name in wanted:
             label = name if order == "wanda" else f"{name}, {order} order"
             measured[label] = rows[name]
-    return {
-        name: {group: _compared(row[group], measured[REFERENCE][group]) for group in row}
-        for name, row in measured.items()
-    }
+    return {name: _compared(row, measured[REFERENCE]) for name, row in measured.items()}
 
 
 def _compared(mine: list[list[float]], theirs: list[list[float]]) -> list[float]:
@@ -183,16 +167,12 @@ def _compared(mine: list[list[float]], theirs: list[list[float]]) -> list[float]
     return [float(sums.sum() / total), difference, float(np.sqrt((residual**2).sum()) / total)]
 
 
-def _show_losses(losses: dict[str, dict[str, list[float]]], console: Console) -> None:
-    title = f"loss of gold answers, nats a token, and paired difference to {REFERENCE}"
-    table = Table(title=title)
-    for column in ("system", "tuned sets", "difference", "other sets", "difference"):
+def _show_losses(losses: dict[str, list[float]], console: Console) -> None:
+    table = Table(title=f"loss of GSM8K's gold rationales, paired difference to {REFERENCE}")
+    for column in ("system", "nats a token", "difference", "stderr"):
         table.add_column(column, justify="left" if column == "system" else "right")
-    for name, groups in losses.items():
-        cells = []
-        for loss, difference, stderr in groups.values():
-            cells += [f"{loss:.4f}", f"{difference:+.4f} ± {stderr:.4f}"]
-        table.add_row(name, *cells)
+    for name, (loss, difference, stderr) in losses.items():
+        table.add_row(name, f"{loss:.4f}", f"{difference:+.4f}", f"{stderr:.4f}")
     console.print(table)
 
 
@@ -227,7 +207,7 @@ def _latencies(run: Run, console: Console, quick: bool) -> dict[str, Any]:
 
 def _memory(args: argparse.Namespace, console: Console) -> dict[str, float]:
     """Measure the peak memory of training steps, each way in a process of its own."""
-    table = Table(title="memory of three training steps of 8 questions, MB")
+    table = Table(title="memory of three training steps of 8 problems, MB")
     for column in ("what trains", "model loaded", "peak", "training adds"):
         table.add_column(column, justify="left" if column.startswith("what") else "right")
     figures = {}
@@ -250,9 +230,9 @@ def training_work(options: dict[str, Any]) -> Callable[[], None]:
     if full:
         space = et.SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
     net = SuperNetwork(model, space, alpha=64, train_base=full)
-    task = get_task("commonsense_instruct", data_dir=recipe.data.dir, tokenizer=tokenizer)
+    task = get_task("math_instruct", data_dir=recipe.data.dir, tokenizer=tokenizer)
     head = HEADS["causal-lm"]
-    batch = head.collate(encode_all(task.train_examples()[:8], tokenizer, 256))
+    batch = head.collate(encode_all(task.train_examples()[:8], tokenizer, 384))
 
     def work() -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
