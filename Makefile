@@ -1,6 +1,8 @@
 # Two commands for a fresh machine: `make demo` and `make test`. Each makes .venv if it is not there.
+# Tests run in WORKERS processes of one thread each.
 PYTHON ?= python3.11
 BIN := .venv/bin
+WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help .venv demo test test-all check format bench clean
@@ -20,10 +22,10 @@ demo: .venv  ## Shears on a small real LLM: sparsify, train, search, report
 	$(BIN)/elastune demo
 
 test: .venv  ## unit and end-to-end tests (under 10 minutes on two cores)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: .venv  ## everything, the slow tests too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -161,7 +161,7 @@ def test_further_metrics_of_a_task_are_further_columns_in_their_own_units() -> N
     assert f"{chr(0x2212)}0.035 ± 0.020 | 0.871 ± 0.012" in table
 
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=str)
+@pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
 def test_units_and_directions_are_those_of_the_metrics(metric: Any) -> None:
     column = Column("task", metric.name)
     assert column.higher_is_better == metric.higher_is_better
