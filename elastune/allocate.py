@@ -8,9 +8,13 @@ A block that is left out neither costs nor loses anything by the choices of its 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +219,14 @@ class _Problem:
         if _may_lose_all(self.space):
             kept = [float(self._keeps(name, choice)) for name, choice in self.columns]
             constraints.append(LinearConstraint(np.array([kept]), 1, np.inf))
-        answer = milp(
-            weights,
-            integrality=np.ones(len(self.columns)),
-            bounds=Bounds(0, allowed.astype(float)),
-            constraints=constraints,
-            # Its presolve prints on standard output now and then.
-            options={"mip_rel_gap": 0.0, "time_limit": _SECONDS, "presolve": False},
-        )
+        with _silent_solver():
+            answer = milp(
+                weights,
+                integrality=np.ones(len(self.columns)),
+                bounds=Bounds(0, allowed.astype(float)),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
+            )
         if answer.x is None:
             return None
         taken = [c for c, value in zip(self.columns, answer.x, strict=True) if value > 0.5]
@@ -245,6 +249,24 @@ class _Problem:
 
     def _keeps(self, name: str, choice: int) -> bool:
         return choice != 0 and name in {d.name for d in self.space.dims if d.kind == "depth"}
+
+
+@contextmanager
+def _silent_solver() -> Iterator[None]:
+    """Keep the solver's debug lines off standard output, which machines may be reading.
+
+    It writes them from C++, past Python's own stream.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+            ctypes.CDLL(None).fflush(None)  # what C still holds back goes nowhere, too
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _owners(space: SearchSpace) -> dict[str, str]:
