@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
+from elastune.choose import check_budgets
 from elastune.errors import BadData, BadRecipe, nearest
 from elastune.finetune import net_space
 from elastune.heads import HEADS
@@ -24,6 +25,7 @@ def check(run: Run) -> None:
     _check_tasks(run)
     model, _ = run.load_dense()
     net_space(model, run.recipe.adapter, run.recipe.structure)
+    check_budgets(run, model)
     _check_examples(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
         _check_sparsity(run, model)

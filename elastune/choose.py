@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 from elastune.allocate import allocate, single_choice_losses, uniform_config
 from elastune.cost import CostModel
@@ -11,6 +13,7 @@ from elastune.errors import BadRecipe
 from elastune.export import save_subnetwork, snap_to_uniform
 from elastune.extract import extract
 from elastune.files import read_json, write_json
+from elastune.finetune import net_space
 from elastune.objective import make_objective
 from elastune.run import Run
 from elastune.search import SearchResult
@@ -81,9 +84,10 @@ def allocate_budgets(run: Run) -> None:
     def block_macs(config: SubnetConfig) -> float:
         return float(count(SubnetConfig({**largest, **config})).block_macs)
 
-    with run.dir.stage("allocate", inputs, run.dir.budgets, run.dir.single_choices):
-        losses = _single_choice_losses(run, net, cuts) if "knapsack" in cfg.allocation else {}
-        full = block_macs(largest)
+    full = block_macs(largest)
+    _refuse_impossible(cfg.budgets, block_macs(cuts.smallest()) / full)
+    losses = _single_choice_losses(run, net, cuts) if "knapsack" in cfg.allocation else {}
+    with run.dir.stage("allocate", inputs, run.dir.budgets):
         found: dict[str, dict[str, int]] = {}
         for budget in cfg.budgets:
             for how in cfg.allocation:
@@ -93,6 +97,35 @@ def allocate_budgets(run: Run) -> None:
                     config = uniform_config(cuts, block_macs, budget * full)
                 found[f"{how}-{round(100 * budget)}"] = {**largest, **config}
         write_json(run.dir.budgets, {"schema": 1, "subnets": found})
+
+
+def _refuse_impossible(budgets: Sequence[float], smallest: float) -> None:
+    """Raise BadRecipe for budgets below the smallest sub-network."""
+    wrong = [budget for budget in budgets if budget < smallest]
+    if wrong:
+        raise BadRecipe(
+            f"structure.budgets: {', '.join(map(str, wrong))} cannot be met, the smallest "
+            f"sub-network has {smallest:.3f} of the blocks' MACs",
+            try_="smaller choices in structure, or larger budgets",
+        )
+
+
+def check_budgets(run: Run, model: PreTrainedModel) -> None:
+    """Raise BadRecipe for budgets that no sub-network can meet; the model ends as it was.
+
+    Raises:
+        BadRecipe: says what the smallest sub-network has.
+    """
+    cfg = run.recipe.structure
+    if cfg is None or not cfg.budgets:
+        return
+    space = net_space(model, run.recipe.adapter, cfg)
+    cuts = SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
+    net = SuperNetwork(model, cuts)
+    count = _cost_model(run, net)
+    smallest = count(cuts.smallest()).block_macs / count(cuts.largest()).block_macs
+    net.unwrap()
+    _refuse_impossible(cfg.budgets, smallest)
 
 
 def _single_choice_losses(
@@ -111,7 +144,11 @@ def _single_choice_losses(
         kind="loss",
         batch_tokens=run.recipe.evaluate.batch_tokens,
     )
-    with run.reporter.bar("single choices", "choices") as bar:
+    # A stage of its own: other budgets need no other measurements.
+    with (
+        run.dir.stage("single choices", run.inputs("single choices"), run.dir.single_choices),
+        run.reporter.bar("single choices", "choices") as bar,
+    ):
         return single_choice_losses(
             lambda config: objective(SubnetConfig({**largest, **config}))[values[0]],
             cuts,

@@ -32,7 +32,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
 
     Args:
         recipe: of the run.
-        stage: sparsify, train, search, allocate, or the name of a baseline.
+        stage: sparsify, train, search, single choices, allocate, or the name of a baseline.
         sources: what `source_hashes` returned.
     """
     task = recipe.task.model_copy(update={"limit": None})  # of the report alone
@@ -55,6 +55,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "sparsify": base,
         "train": [*base, *trained, *cut],
         "search": [*base, *trained, *cut, recipe.search],
+        "single choices": [*base, *trained, *cut, structure and structure.probes],
         "allocate": [*base, *trained, *cut, *_budgets(recipe)],
         "dense": model,
         "dense+full": [*model, *data, recipe.train],

@@ -155,6 +155,7 @@ REFUSED = {
     "structure.ffn=[1.0, 4000]": "48 channels, not 4000",
     "structure.depth=[9]": "blocks are 0 to 1",
     "structure.budgets=[1.5]": "structure.budgets",
+    "structure.budgets=[0.05]": "the smallest sub-network has 0.",
     "structure.order=best": "structure.order",
     "structure={}": "nothing is elastic",
     "structure=null": "needs a section 'structure'",
