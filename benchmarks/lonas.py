@@ -221,12 +221,12 @@ def _memory(args: argparse.Namespace, console: Console) -> dict[str, float]:
     return figures
 
 
-def training_work(options: dict[str, Any]) -> Callable[[], None]:
+def training_work(what: str, data: str | None) -> Callable[[], None]:
     """Prepare three optimizer steps of LoNAS, or of the same space with all weights trained."""
-    recipe = load_recipe(RECIPE, [f"data.dir={options['data'] or 'null'}"])
+    recipe = load_recipe(RECIPE, [f"data.dir={data or 'null'}"])
     model, tokenizer = et.load_model(recipe.model)
     space = net_space(model, recipe.adapter, recipe.structure)
-    full = options["what"] == "full"
+    full = what == "full"
     if full:
         space = et.SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
     net = SuperNetwork(model, space, alpha=64, train_base=full)
