@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from transformers import PreTrainedModel
 
 from elastune.errors import InvalidSpace, UnsupportedModel, nearest
 from elastune.models import architecture
+from elastune.name_patterns import NamePatterns
 from elastune.space import ElasticDim, SearchSpace
 
 LORA_GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -57,8 +57,7 @@ def lora_space(
     """
     record = architecture(model)
     grouped = _groups(groups or LORA_GROUPS, targets, _meanings(record.roles))
-    patterns = dict(ranks) if isinstance(ranks, Mapping) else {"*": ranks}
-    used: set[str] = set()
+    patterns = NamePatterns(ranks)
     names = []
     dims = []
     held = record.linear_names(model)
@@ -70,18 +69,14 @@ def lora_space(
                 continue
             name = f"layers.{index}.{group}"
             names.append(name)
-            matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-            used.update(matching)
-            if matching:
-                choices = _choices(name, patterns[matching[-1]], max_rank)
-                if choices != (0,):
-                    dims.append(ElasticDim(name, "rank", choices, modules))
-    unused = [pattern for pattern in patterns if pattern not in used]
-    if unused and names:
+            wanted = patterns.choices_of(name)
+            if wanted is not None and (choices := _choices(name, wanted, max_rank)) != (0,):
+                dims.append(ElasticDim(name, "rank", choices, modules))
+    if patterns.unused and names:
         example = f"layers.0.{next(iter(grouped))}"
         raise InvalidSpace(
-            f"adapter.ranks: {', '.join(map(repr, unused))} matches no dim; dims are named like "
-            f"{example!r}, groups are {', '.join(grouped)}",
+            f"adapter.ranks: {', '.join(map(repr, patterns.unused))} matches no dim; dims are "
+            f"named like {example!r}, groups are {', '.join(grouped)}",
             try_=f"a pattern such as '*.{next(iter(grouped))}' or 'layers.0.*'",
         )
     if not dims:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from transformers import PreTrainedModel
 
 from elastune.errors import InvalidSpace
 from elastune.models.blocks import Block, Part, blocks
+from elastune.name_patterns import NamePatterns
 from elastune.space import ElasticDim, SearchSpace
 from elastune.structure import check_choices, full_size
 
@@ -76,27 +76,24 @@ def _part_dims(
     part: Part, sizes: Sizes, groups: Sequence[Sequence[Block]], round_to: int
 ) -> list[ElasticDim]:
     """Return the dims of widths or of heads, one for each group of blocks."""
-    patterns = dict(sizes) if isinstance(sizes, Mapping) else {"*": sizes}
-    used: set[str] = set()
+    patterns = NamePatterns(sizes)
     dims = []
     for members in groups:
         block = members[0]
         name = f"layers.{part}" if len(members) > 1 else f"layers.{block.index}.{part}"
-        matching = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
-        used.update(matching)
-        if not matching:
+        wanted = patterns.choices_of(name)
+        if wanted is None:
             continue
-        choices = _choices(name, part, patterns[matching[-1]], block, round_to)
+        choices = _choices(name, part, wanted, block, round_to)
         if choices == (full_size(block, part),):
             continue
         for other in members:
             check_choices(name, part, choices, other)
         modules = [f"{b.name}.{b.record.roles[role]}" for b in members for role in b.roles_of(part)]
         dims.append(ElasticDim(name, part, choices, tuple(modules)))
-    unused = [pattern for pattern in patterns if pattern not in used]
-    if unused:
+    if patterns.unused:
         raise InvalidSpace(
-            f"{part}: {', '.join(map(repr, unused))} matches no dim; dims are named like "
+            f"{part}: {', '.join(map(repr, patterns.unused))} matches no dim; dims are named like "
             f"'layers.0.{part}'"
         )
     return dims

@@ -24,8 +24,8 @@ def check(run: Run) -> None:
     _check_training(run)
     _check_tasks(run)
     model, _ = run.load_dense()
-    net_space(model, run.recipe.adapter, run.recipe.structure)
-    check_budgets(run, model)
+    space = net_space(model, run.recipe.adapter, run.recipe.structure)
+    check_budgets(run, model, space)
     _check_examples(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
         _check_sparsity(run, model)
@@ -104,5 +104,15 @@ def _check_sparsity(run: Run, model: PreTrainedModel) -> None:
     if needs_text:
         run.calibration(model, run.recipe.sparsify.calibration)
     structure = run.recipe.structure
+    if (
+        structure is not None
+        and structure.merge
+        and sparsity.ratio > 0
+        and run.recipe.adapter.ranks
+    ):
+        run.reporter.say(
+            "structure.merge adds adapters to sparse weights, whose zeros are then lost; "
+            "structure.merge=false keeps them, with the adapter beside the model"
+        )
     if structure is not None and structure.order in ("wanda", "taylor"):
         run.calibration(model, structure.calibration)

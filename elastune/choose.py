@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -13,7 +13,6 @@ from elastune.errors import BadRecipe
 from elastune.export import save_subnetwork, snap_to_uniform
 from elastune.extract import extract
 from elastune.files import read_json, write_json
-from elastune.finetune import net_space
 from elastune.objective import make_objective
 from elastune.run import Run
 from elastune.search import SearchResult
@@ -78,14 +77,13 @@ def allocate_budgets(run: Run) -> None:
         return
     net = run.load_supernet()
     largest = net.space.largest()
-    cuts = SearchSpace([dim for dim in net.space.dims if dim.kind != "rank"])
+    cuts = _cuts(net.space)
     count = _cost_model(run, net)
 
     def block_macs(config: SubnetConfig) -> float:
         return float(count(SubnetConfig({**largest, **config})).block_macs)
 
     full = block_macs(largest)
-    _refuse_impossible(cfg.budgets, block_macs(cuts.smallest()) / full)
     losses = _single_choice_losses(run, net, cuts) if "knapsack" in cfg.allocation else {}
     with run.dir.stage("allocate", inputs, run.dir.budgets):
         found: dict[str, dict[str, int]] = {}
@@ -95,37 +93,39 @@ def allocate_budgets(run: Run) -> None:
                     config = allocate(cuts, losses, block_macs, budget * full)
                 else:
                     config = uniform_config(cuts, block_macs, budget * full)
-                found[f"{how}-{round(100 * budget)}"] = {**largest, **config}
+                found[f"{how}-{100 * budget:.6g}"] = {**largest, **config}
         write_json(run.dir.budgets, {"schema": 1, "subnets": found})
 
 
-def _refuse_impossible(budgets: Sequence[float], smallest: float) -> None:
-    """Raise BadRecipe for budgets below the smallest sub-network."""
-    wrong = [budget for budget in budgets if budget < smallest]
+def _cuts(space: SearchSpace) -> SearchSpace:
+    """Return the dims that cut the model itself."""
+    return SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
+
+
+def check_budgets(run: Run, model: PreTrainedModel, space: SearchSpace) -> None:
+    """See that there are sub-networks for the recipe's budgets; the model ends as it was.
+
+    Raises:
+        BadRecipe: a budget is below what the smallest sub-network has of the blocks' MACs.
+    """
+    cfg = run.recipe.structure
+    if cfg is None or not cfg.budgets or run.dir.is_done("allocate", run.inputs("allocate")):
+        return
+    cuts = _cuts(space)
+    net = SuperNetwork(model, cuts)
+    count = _cost_model(run, net)
+    net.unwrap()
+    least = dict(cuts.smallest())
+    if "uniform" in cfg.allocation:  # equal cuts leave no block out
+        least |= {dim.name: 1 for dim in cuts.dims if dim.kind == "depth"}
+    smallest = count(SubnetConfig(least)).block_macs / count(cuts.largest()).block_macs
+    wrong = [budget for budget in cfg.budgets if budget < smallest]
     if wrong:
         raise BadRecipe(
             f"structure.budgets: {', '.join(map(str, wrong))} cannot be met, the smallest "
             f"sub-network has {smallest:.3f} of the blocks' MACs",
             try_="smaller choices in structure, or larger budgets",
         )
-
-
-def check_budgets(run: Run, model: PreTrainedModel) -> None:
-    """Raise BadRecipe for budgets that no sub-network can meet; the model ends as it was.
-
-    Raises:
-        BadRecipe: says what the smallest sub-network has.
-    """
-    cfg = run.recipe.structure
-    if cfg is None or not cfg.budgets:
-        return
-    space = net_space(model, run.recipe.adapter, cfg)
-    cuts = SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
-    net = SuperNetwork(model, cuts)
-    count = _cost_model(run, net)
-    smallest = count(cuts.smallest()).block_macs / count(cuts.largest()).block_macs
-    net.unwrap()
-    _refuse_impossible(cfg.budgets, smallest)
 
 
 def _single_choice_losses(
@@ -206,15 +206,20 @@ def extract_chosen(
             "only ranks are elastic in this run: adapters have one format and no blocks to cut",
             try_="leave --format and --uniform out",
         )
+    net = None
     if uniform:
-        configs = _snapped(run, configs)
+        net = run.load_supernet()
+        configs = {
+            f"{name}-uniform": snap_to_uniform(net.space, config, net.model)
+            for name, config in configs.items()
+        }
     how = [] if structure is None else [[format or structure.format, structure.merge]]
     wanted = {name: run.inputs("train", config.to_json(), *how) for name, config in configs.items()}
     folders = [run.dir.subnets / name for name in configs]
     todo = {n: c for n, c in configs.items() if not run.dir.is_done(f"extract/{n}", wanted[n])}
     if not todo:
         return folders
-    net = run.load_supernet()
+    net = net or run.load_supernet()
     for name, config in todo.items():
         if net.structure is None and not any(config.values()):
             run.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
@@ -235,15 +240,6 @@ def extract_chosen(
             for note in saved.notes:
                 run.reporter.say(f"{name}: {note}")
     return folders
-
-
-def _snapped(run: Run, configs: Mapping[str, SubnetConfig]) -> dict[str, SubnetConfig]:
-    """Return the nearest sub-networks that ordinary checkpoints can hold."""
-    net = run.load_supernet()
-    return {
-        f"{name}-uniform": snap_to_uniform(net.space, config, net.model)
-        for name, config in configs.items()
-    }
 
 
 def named_config(space: SearchSpace, text: str) -> SubnetConfig:

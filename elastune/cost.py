@@ -19,7 +19,7 @@ from elastune.elastic.lora import ElasticLoRALinear
 from elastune.linears import in_features, is_linear, out_features, weight_of
 from elastune.macs import Row, Work, total
 from elastune.models.architecture import Architecture
-from elastune.models.blocks import PARTS, Block, Part, Weights, blocks
+from elastune.models.blocks import PARTS, Block, Part, Weights
 from elastune.space import DimKind, ElasticDim, SearchSpace, SubnetConfig
 from elastune.structure import STRUCTURE_KINDS, full_size
 from elastune.supernet import SuperNetwork
@@ -95,7 +95,7 @@ class CostModel:
         self._merged = merged
         adapters = {id(p) for a in net.adapters.values() for p in (a.lora_A, a.lora_B)}
         work = Work(net.model, tokens)
-        found = net.structure.blocks if net.structure is not None else blocks(net.model)
+        found = net.blocks
         tables = [_BlockTable(block, net, work, adapters) for block in found]
         inside = {id(p) for block in found for p in block.module.parameters()}
         rest = [p for p in net.model.parameters() if id(p) not in inside | adapters]

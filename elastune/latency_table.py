@@ -26,7 +26,6 @@ from elastune.cost import cuts_of
 from elastune.errors import BadArtifact, BadRecipe, InvalidSubnet
 from elastune.files import read_json, write_json
 from elastune.latency import Conditions, Latency, compare_latency, device_name
-from elastune.models.blocks import blocks
 from elastune.space import SubnetConfig
 from elastune.supernet import SuperNetwork
 from elastune.version import __version__
@@ -106,7 +105,7 @@ class LatencyTable:
             for choice in group.choices[1:]:
                 table[choice] = _saving(base, found[f"{number}:{choice}"], group.n_blocks)
             dims.update(dict.fromkeys(group.dims, table))
-        cuts = [cuts_of(block, net.space) for block in blocks(net.model)]
+        cuts = [cuts_of(block, net.space) for block in net.blocks]
         rows = [
             (
                 found_cuts["depth"].name if "depth" in found_cuts else None,
@@ -256,7 +255,7 @@ def _groups(net: SuperNetwork) -> list[_Group]:
     found: dict[Any, _Group] = {}
     seen: dict[str, _Group] = {}
     kinds = getattr(net.model.config, "layer_types", None)
-    for block in blocks(net.model):
+    for block in net.blocks:
         for kind, dim in cuts_of(block, net.space).items():
             if dim.name not in seen:
                 layer = kinds[block.index] if kinds else None

@@ -31,6 +31,7 @@ class Row(NamedTuple):
 
 
 def total(rows: Iterable[Row]) -> Row:
+    """Add parts up, field by field."""
     return Row(*map(sum, zip(Row(), *rows, strict=True)))
 
 

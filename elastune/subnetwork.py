@@ -29,7 +29,7 @@ from elastune.elastic.skip import unmake_skippable
 from elastune.errors import InvalidSubnet
 from elastune.extract import PeftAdapter, sub_adapter
 from elastune.linears import is_transposed, out_features
-from elastune.models.blocks import PARTS, Block, BlockShape, blocks
+from elastune.models.blocks import PARTS, Block, BlockShape
 from elastune.space import SubnetConfig
 from elastune.structure import absent_attention
 from elastune.supernet import SuperNetwork
@@ -71,7 +71,7 @@ def extract_model(net: SuperNetwork, config: SubnetConfig, *, merge: bool = True
     kept = tuple(index for index, shape in enumerate(shapes) if shape is not None)
     if not kept:
         raise InvalidSubnet("every block of this sub-network is left out: nothing remains")
-    whole = net.structure.blocks if net.structure is not None else blocks(net.model)
+    whole = net.blocks
     adapter = None
     with net.active(config):
         replaced = _active_weights(whole, shapes)

@@ -14,7 +14,7 @@ from elastune.elastic.linear import ElasticConv1D, ElasticLinear
 from elastune.elastic.lora import ElasticLoRALinear, Scaling
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 from elastune.linears import is_linear
-from elastune.models.blocks import BlockShape, blocks
+from elastune.models.blocks import Block, BlockShape, blocks
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.state import copy_state
 from elastune.structure import STRUCTURE_KINDS, ElasticStructure
@@ -107,7 +107,12 @@ class SuperNetwork(nn.Module):
         """Return the sizes of every block of a sub-network; None for a block that is left out."""
         if self.structure is not None:
             return self.structure.shapes(config)
-        return [block.shape for block in blocks(self.model)]
+        return [block.shape for block in self.blocks]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The model's blocks at their full sizes, whatever is active."""
+        return blocks(self.model) if self.structure is None else self.structure.blocks
 
     @contextmanager
     def active(self, config: SubnetConfig) -> Iterator[None]:

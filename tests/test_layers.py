@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
-    {"errors", "version", "progress", "yaml_text", "packing", "metrics", "autoload"},
+    {"errors", "version", "progress", "yaml_text", "packing", "metrics", "autoload"}
+    | {"name_patterns"},
     {"files", "sections", "space", "tasks", "linears", "decoding", "console", "statistics"},
     {"config", "elastic", "state", "search", "allocate", "leaks", "report", "predictions"},
     {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},

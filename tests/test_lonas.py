@@ -164,6 +164,17 @@ REFUSED = {
 }
 
 
+def test_budgets_below_what_equal_cuts_reach_are_refused_before_training(
+    source: Path, tmp_path: Path
+) -> None:
+    # Leaving a block out would be enough, but equal cuts leave none out.
+    changes = ["structure.ffn=[1.0, 0.9]", "structure.heads=null", "structure.budgets=[0.6]"]
+    arguments = [part for change in changes for part in ("--set", change)]
+    result = cli("run", source / "lonas.yaml", "--out", tmp_path / "run", *arguments, code=2)
+    assert "0.6 cannot be met" in " ".join(result.output.split())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("change", REFUSED)
 def test_what_cannot_be_is_refused_before_anything_is_written(
     change: str, source: Path, tmp_path: Path
