@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -61,6 +61,17 @@ class Trainee(Protocol):
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
         """Copy in what `trained_state` returned."""
+
+
+@runtime_checkable
+class ScheduledTrainee(Trainee, Protocol):
+    """A trainee that changes as training goes on, such as one that learns what to prune."""
+
+    def begin_step(self, progress: float) -> None:
+        """Prepare for an optimizer step; ``progress`` runs from 0 to 1 over the training."""
+
+    def penalty(self) -> Tensor:
+        """Return what is added to a step's mean loss, a scalar."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +273,9 @@ class _SuperNetworkTrainer(Trainer):
         index, progress = self._draw_index(step)
         draws = self.sampler.draw(index, progress)
         total = torch.zeros((), device=self.args.device)
+        scheduled = self.net if isinstance(self.net, ScheduledTrainee) else None
+        if scheduled is not None:
+            scheduled.begin_step(progress)
         # The first draw teaches the others, unless a teacher's outputs stood here before it.
         teacher: Outputs | None = None
         for draw in draws:
@@ -270,6 +284,8 @@ class _SuperNetworkTrainer(Trainer):
                 summed, teacher = model(inputs, teacher)
             # Gradients are averaged over processes, and each holds its own share of the tokens.
             loss = summed * (draw.weight * self.args.world_size) / num_items_in_batch
+            if scheduled is not None:  # of each micro-batch its share
+                loss = loss + scheduled.penalty() * (draw.weight / self.cfg.accumulation)
             self._refuse_divergence(loss, step)
             self.accelerator.backward(loss)
             total += loss.detach() / self.args.world_size
