@@ -37,6 +37,7 @@ from elastune.memory import peak_memory
 from elastune.methods import lonas
 from elastune.report import markdown_table, write_report
 from elastune.run import Run
+from elastune.stages import sparsify, train_supernet
 from elastune.subnetwork import extract_model
 from elastune.supernet import SuperNetwork
 from elastune.tasks import get_task
@@ -97,8 +98,8 @@ def _run(args: argparse.Namespace, order: str, console: Console) -> Run:
         if order == "wanda":
             lonas(run)
         else:
-            run.sparsify()
-            run.train_supernet()
+            sparsify(run)
+            train_supernet(run)
             allocate_budgets(run)
             measure(run, _of_interest(run, order))
         write_report(directory.root)

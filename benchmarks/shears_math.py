@@ -29,6 +29,7 @@ from elastune.measure import measure
 from elastune.methods import shears
 from elastune.report import markdown_table, write_report
 from elastune.run import Run
+from elastune.stages import sparsify, train_baseline, train_supernet
 from elastune.tasks import get_task
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "shears-smollm2-math.yaml"
@@ -107,9 +108,9 @@ def _run(args: argparse.Namespace, seed: int, console: Console) -> Run:
         if names is None:
             shears(run)
         else:
-            run.sparsify()
-            run.train_supernet()
-            run.train_baseline("sparse+lora")
+            sparsify(run)
+            train_supernet(run)
+            train_baseline(run, "sparse+lora")
             measure(run, names)
         write_report(directory.root)
     return run

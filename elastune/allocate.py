@@ -284,7 +284,8 @@ def _owners(space: SearchSpace) -> dict[str, str]:
 def _may_lose_all(space: SearchSpace) -> bool:
     """Tell whether the space knows no module outside of the blocks that can be left out."""
     depth = [dim for dim in space.dims if dim.kind == "depth"]
-    modules = [m for dim in space.dims if dim.kind != "depth" for m in dim.modules]
+    others = [dim for dim in space.dims if dim.kind not in ("depth", "embedding")]
+    modules = [m for dim in others for m in dim.modules]
     return bool(depth) and all(any(_inside(m, d) for d in depth) for m in modules)
 
 

@@ -37,6 +37,9 @@ class RunDirectory:
         self.manifest_file = root / "manifest.json"
         self.base = root / "base"
         self.sparsity = self.base / "sparsity.json"
+        self.importance = root / "importance.safetensors"
+        self.movement = root / "movement"
+        self.generated = root / "generated.json"
         self.space = root / "space.json"
         self.supernet = root / "supernet"
         self.search = root / "search"
@@ -50,6 +53,10 @@ class RunDirectory:
         self.report = root / "report.html"
         self._pending_recipe: Recipe | None = None
         self._sources: dict[str, str] | None = None
+
+    def teacher(self, key: str) -> Path:
+        """Return where a teacher's outputs for the training examples are kept."""
+        return self.root / "teacher" / key
 
     def baseline(self, name: str) -> Path:
         """Return the folder of a trained baseline, such as ``sparse+lora``."""

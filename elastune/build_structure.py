@@ -7,6 +7,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel
 
+from elastune.elastic.embedding import check_ranks, input_embedding
 from elastune.errors import InvalidSpace
 from elastune.models.blocks import Block, Part, blocks
 from elastune.name_patterns import NamePatterns
@@ -23,6 +24,7 @@ def structure_space(
     ffn: Sizes | None = None,
     heads: Sizes | None = None,
     depth: Literal["all"] | Sequence[int] | None = None,
+    embedding: Sequence[float] | None = None,
     round_to: int = 64,
     shared: bool = False,
 ) -> SearchSpace:
@@ -39,6 +41,10 @@ def structure_space(
             to whole groups. 0 leaves the attention out.
         depth: numbers of the blocks that may be left out whole; ``"all"`` for any of them that the
             family can do without.
+        embedding: choices of the rank of the word embedding, one dim named ``embeddings.rank``:
+            parts of its width, rounded to multiples of 8, or whole ranks of at least 2. 1.0, the
+            width itself, is the table as it is; it should be one of them. Models whose output head
+            is tied to the embedding are refused.
         round_to: parts of a width are rounded to multiples of this.
         shared: one dim for all blocks instead: every sub-network is uniform, and so loads with
             stock classes. ``depth`` stays per block.
@@ -58,10 +64,12 @@ def structure_space(
             members = [found] if shared else [[block] for block in found]
             dims += _part_dims(part, sizes, members, round_to)
     dims += _depth_dims(depth, found)
+    if embedding is not None:
+        dims += _embedding_dims(model, embedding)
     if not dims:
         raise InvalidSpace(
             "nothing of the structure is elastic",
-            try_="ffn=[1.0, 0.75, 0.5], heads=... or depth=...",
+            try_="ffn=[1.0, 0.75, 0.5], heads=..., depth=... or embedding=...",
         )
     return SearchSpace(sorted(dims, key=lambda dim: _place(dim.name)))
 
@@ -103,8 +111,16 @@ def _choices(
     name: str, part: Part, sizes: Sequence[float], block: Block, round_to: int
 ) -> tuple[int, ...]:
     """Turn parts into whole sizes, largest first."""
-    full = full_size(block, part)
     unit = block.heads_per_unit if part == "heads" else round_to
+    return _whole_sizes(name, sizes, full_size(block, part), unit)
+
+
+def _whole_sizes(name: str, sizes: Sequence[float], full: int, unit: int) -> tuple[int, ...]:
+    """Turn parts of a full size into whole sizes, largest first.
+
+    Raises:
+        InvalidSpace: no sizes, or one that is neither a part nor whole.
+    """
     found = set()
     for size in sizes:
         if size < 0:
@@ -122,6 +138,20 @@ def _choices(
     if not found:
         raise InvalidSpace(f"{name}: no sizes given", try_="such as [1.0, 0.75, 0.5]")
     return tuple(sorted(found, reverse=True))
+
+
+_RANK_STEP = 8
+"""Parts of an embedding's width are rounded to multiples of this."""
+
+
+def _embedding_dims(model: PreTrainedModel, sizes: Sequence[float]) -> list[ElasticDim]:
+    """Return the dim of the word embedding's rank; none where its width is the only choice."""
+    name = "embeddings.rank"
+    module, table = input_embedding(model)
+    width = table.embedding_dim
+    choices = _whole_sizes(name, sizes, width, min(_RANK_STEP, width))
+    check_ranks(name, choices, table)
+    return [] if choices == (width,) else [ElasticDim(name, "embedding", choices, (module,))]
 
 
 def _depth_dims(

@@ -24,7 +24,9 @@ def check(run: Run) -> None:
     _check_training(run)
     _check_tasks(run)
     model, _ = run.load_dense()
-    space = net_space(model, run.recipe.adapter, run.recipe.structure)
+    structure = run.recipe.structure
+    is_generated = structure is not None and structure.generate is not None
+    space = None if is_generated else net_space(model, run.recipe.adapter, structure)
     check_budgets(run, model, space)
     _check_examples(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from elastune.allocate import allocate, single_choice_losses, uniform_config
-from elastune.cost import CostModel
+from elastune.cost import CostModel, model_cost
 from elastune.errors import BadRecipe
 from elastune.export import save_subnetwork, snap_to_uniform
 from elastune.extract import extract
@@ -38,6 +38,7 @@ def search(run: Run) -> SearchResult:
         run.splits.validation,
         _cost_model(run, net),
         kind=cfg.objective,
+        against=cfg.cost,
         batch_tokens=run.recipe.evaluate.batch_tokens,
     )
     with (
@@ -52,6 +53,7 @@ def search(run: Run) -> SearchResult:
             trials=cfg.trials,
             storage=run.dir.journal,
             seed=run.recipe.seed,
+            start=[*budgeted(run).values()],
             progress=lambda done, total, trial: bar(
                 done, total, f"{values[0]} {trial.values[values[0]]:.4f}"
             ),
@@ -83,7 +85,7 @@ def allocate_budgets(run: Run) -> None:
     def block_macs(config: SubnetConfig) -> float:
         return float(count(SubnetConfig({**largest, **config})).block_macs)
 
-    full = block_macs(largest)
+    full = _full_block_macs(run) or block_macs(largest)
     losses = _single_choice_losses(run, net, cuts) if "knapsack" in cfg.allocation else {}
     with run.dir.stage("allocate", inputs, run.dir.budgets):
         found: dict[str, dict[str, int]] = {}
@@ -91,10 +93,37 @@ def allocate_budgets(run: Run) -> None:
             for how in cfg.allocation:
                 if how == "knapsack":
                     config = allocate(cuts, losses, block_macs, budget * full)
+                elif how == "points":
+                    config = _nearest_point(run, budget)
                 else:
                     config = uniform_config(cuts, block_macs, budget * full)
-                found[f"{how}-{100 * budget:.6g}"] = {**largest, **config}
-        write_json(run.dir.budgets, {"schema": 1, "subnets": found})
+                found[_named(how, budget)] = {**largest, **config}
+        write_json(run.dir.budgets, {"schema": 1, "full_block_macs": full, "subnets": found})
+
+
+def _full_block_macs(run: Run) -> float | None:
+    """Return the MACs of all blocks, where the largest sub-network may be less than that."""
+    structure = run.recipe.structure
+    if structure is None or structure.generate is None:
+        return None
+    return float(model_cost(run.load_start(), run.recipe.evaluate.macs_length).block_macs)
+
+
+def _named(how: str, budget: float) -> str:
+    return f"{how}-{100 * budget:.6g}"
+
+
+def _nearest_point(run: Run, budget: float) -> SubnetConfig:
+    """Return the point of the generated space whose target is nearest to a budget."""
+    return min(run.generated.points, key=lambda point: abs(point.target - budget)).config
+
+
+def budgeted(run: Run) -> dict[str, SubnetConfig]:
+    """Return the sub-networks that were chosen for the recipe's budgets, by name."""
+    if run.recipe.structure is None or not run.dir.is_done("allocate", run.inputs("allocate")):
+        return {}
+    found = read_json(run.dir.budgets)["subnets"]
+    return {name: SubnetConfig(choices) for name, choices in found.items()}
 
 
 def _cuts(space: SearchSpace) -> SearchSpace:
@@ -102,7 +131,7 @@ def _cuts(space: SearchSpace) -> SearchSpace:
     return SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
 
 
-def check_budgets(run: Run, model: PreTrainedModel, space: SearchSpace) -> None:
+def check_budgets(run: Run, model: PreTrainedModel, space: SearchSpace | None) -> None:
     """See that there are sub-networks for the recipe's budgets; the model ends as it was.
 
     Raises:
@@ -110,6 +139,8 @@ def check_budgets(run: Run, model: PreTrainedModel, space: SearchSpace) -> None:
     """
     cfg = run.recipe.structure
     if cfg is None or not cfg.budgets or run.dir.is_done("allocate", run.inputs("allocate")):
+        return
+    if space is None:  # still to be generated, between bounds that the recipe gives
         return
     cuts = _cuts(space)
     net = SuperNetwork(model, cuts)
@@ -174,10 +205,25 @@ def chosen(run: Run) -> dict[str, SubnetConfig]:
         result = SearchResult.from_dict(read_json(run.dir.trials))
         if result.trials:
             configs["best"] = result.best().config
-    if run.recipe.structure is not None and run.dir.is_done("allocate", run.inputs("allocate")):
-        found = read_json(run.dir.budgets)["subnets"]
-        configs |= {name: SubnetConfig(choices) for name, choices in found.items()}
-    return configs
+            configs |= _best_within(run, result)
+    return configs | budgeted(run)
+
+
+def _best_within(run: Run, result: SearchResult) -> dict[str, SubnetConfig]:
+    """Return the best trial within each of the recipe's budgets, where the search looked at them.
+
+    A budget that no trial meets has none.
+    """
+    structure = run.recipe.structure
+    if structure is None or run.recipe.search.cost != "block_macs" or not budgeted(run):
+        return {}
+    full = read_json(run.dir.budgets)["full_block_macs"]
+    found = {}
+    for budget in structure.budgets:
+        limit = budget * full * (1 + structure.budget_slack)
+        if any(trial.values["block_macs"] <= limit for trial in result.trials):
+            found[_named("best", budget)] = result.best({"block_macs": limit}).config
+    return found
 
 
 def extract_chosen(

@@ -71,12 +71,32 @@ def sparsify(
     """Make the base model sparse and save it to RUN/base."""
     with _errors(), _run(source, out, set_, update) as work:
         from elastune.files import read_json
+        from elastune.prepare import make_base
         from elastune.report import sparsity_table
 
         _check(work)
-        work.sparsify()
+        make_base(work)
         report = read_json(work.dir.sparsity)
         _show(report["total"] if json_ else sparsity_table(report))
+
+
+@app.command()
+def space(
+    source: Source, out: Out = None, set_: Set = None, update: Update = False, json_: Json = False
+) -> None:
+    """Make the search space, and show what it holds."""
+    with _errors(), _run(source, out, set_, update) as work:
+        from elastune.prepare import make_base
+
+        _check(work)
+        make_base(work)
+        found = work.space_of(work.load_sparse())
+        if json_:
+            _show(found.to_dict())
+            return
+        _show(repr(found))
+        for dim in found.dims:
+            _show(f"{dim.name}: {', '.join(map(str, dim.choices))}")
 
 
 @app.command()
@@ -85,9 +105,12 @@ def train(
 ) -> None:
     """Train the super-adapter (and sparsify first, if that is not done)."""
     with _errors(), _run(source, out, set_, update) as work:
+        from elastune.prepare import make_base
+        from elastune.stages import train_supernet
+
         _check(work)
-        work.sparsify()
-        work.train_supernet()
+        make_base(work)
+        train_supernet(work)
         _show({"supernet": str(work.dir.supernet)} if json_ else f"trained: {work.dir.supernet}")
 
 

@@ -20,6 +20,9 @@ from elastune.sections import (
     DataConfig,
     DistillConfig,
     EvaluateConfig,
+    GenerateConfig,
+    ImportanceConfig,
+    MovementConfig,
     SearchConfig,
     Section,
     SparsifyConfig,
@@ -38,6 +41,9 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
+    "GenerateConfig",
+    "ImportanceConfig",
+    "MovementConfig",
     "Recipe",
     "SearchConfig",
     "SparsifyConfig",
@@ -49,12 +55,29 @@ __all__ = [
     "make_recipe",
 ]
 
-BASELINES = ("dense", "dense+full", "dense+lora", "sparse", "sparse+lora")
+BASELINES = ("dense", "dense+full", "dense+lora", "sparse", "sparse+lora", "alone")
 _USUAL_BASELINES = {
     "shears": ["dense", "dense+lora", "sparse", "sparse+lora"],
     "lonas": ["dense", "dense+lora"],
+    "eftnas": ["dense+full", "alone"],
     "finetune": ["dense", "dense+full", "dense+lora"],
 }
+
+
+_OF_STRUCTURE = ("lonas", "eftnas")
+"""Methods whose search space cuts the model itself."""
+
+
+def _as_published(data: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what EFTNAS is where a recipe does not say otherwise."""
+    distill: Any = {"teacher": "dense+full"}
+    usual: dict[str, Any] = {"update": "full", "sampler": "sandwich", "distill": distill}
+    train = usual | dict(data.get("train") or {})
+    structure: dict[str, Any] = {"order": "importance"} | dict(data.get("structure") or {})
+    adapter: dict[str, Any] = {"ranks": []} | dict(data.get("adapter") or {})
+    if structure["order"] == "importance" and data.get("importance") is None:
+        data = {**data, "importance": {}}
+    return {**data, "train": train, "structure": structure, "adapter": adapter}
 
 
 def _known_baselines(names: list[str]) -> list[str]:
@@ -70,7 +93,7 @@ def _known_baselines(names: list[str]) -> list[str]:
 class Recipe(Section):
     """A whole run."""
 
-    method: Literal["shears", "lonas", "finetune"] = "shears"
+    method: Literal["shears", "lonas", "eftnas", "finetune"] = "shears"
     model: str
     """Built-in name, hub id, folder, or .gguf file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -78,7 +101,12 @@ class Recipe(Section):
     seed: int = 0
     task: Task
     data: DataConfig = DataConfig()
+    start: Literal["model", "dense+full"] = "model"
+    """What the super-network's base begins as: the model as it comes, or all its weights trained
+    on the task first."""
     sparsify: SparsifyConfig = SparsifyConfig()
+    importance: ImportanceConfig | None = None
+    """Only of methods that order heads and channels by it, or make the search space from it."""
     structure: StructureConfig | None = None
     """Only of methods that make the model itself elastic."""
     adapter: AdapterConfig = AdapterConfig()
@@ -98,27 +126,45 @@ class Recipe(Section):
             return data
         method = data.get("method", "shears")
         if data.get("baselines") is None:
-            data = {**data, "baselines": _USUAL_BASELINES.get(method, [])}
-        if method == "lonas":  # its base is dense unless a recipe says otherwise
+            usual = _USUAL_BASELINES.get(method, [])
+            if not dict(data.get("structure") or {}).get("budgets"):
+                usual = [name for name in usual if name != "alone"]
+            data = {**data, "baselines": usual}
+        if method in _OF_STRUCTURE:  # their base is dense unless a recipe says otherwise
             sparse = data.get("sparsify") or {}
             if isinstance(sparse, dict) and not {"ratio", "pattern"} & set(sparse):
                 data = {**data, "sparsify": {**sparse, "ratio": 0.0}}
-        return data
+        return data if method != "eftnas" else _as_published(data)
 
     @model_validator(mode="after")
     def _structure_fits_the_method(self) -> Recipe:
-        if self.method == "lonas" and self.structure is None:
+        if self.method in _OF_STRUCTURE and self.structure is None:
             raise ValueError(
-                "method lonas needs a section 'structure', such as {ffn: [1.0, 0.75, 0.5]}"
+                f"method {self.method} needs a section 'structure', such as "
+                "{ffn: [1.0, 0.75, 0.5]}"
             )
-        if self.method != "lonas" and self.structure is not None:
-            raise ValueError(f"method {self.method} has no section 'structure'; use method: lonas")
+        if self.method not in _OF_STRUCTURE and self.structure is not None:
+            raise ValueError(
+                f"method {self.method} has no section 'structure'; use method: lonas or eftnas"
+            )
+        ordered = self.structure is not None and self.structure.order == "importance"
+        if ordered and self.importance is None:
+            raise ValueError(
+                "structure.order=importance needs a section 'importance', such as {method: taylor}"
+            )
+        if self.importance is not None and not ordered:
+            raise ValueError("the section 'importance' is of use with structure.order=importance")
         if self.structure is None and not self.adapter.ranks:
             raise ValueError("adapter.ranks is empty, so that nothing is elastic")
         if not self.adapter.ranks and self.train.update == "adapter":
             raise ValueError("adapter.ranks is empty: set train.update=full to train the weights")
-        if self.train.distill.teacher is not None and self.train.sampler != "sandwich":
+        if self.train.distill.teacher == "largest" and self.train.sampler != "sandwich":
             raise ValueError("train.distill needs train.sampler=sandwich, which trains the teacher")
+        if self.baselines.count("alone") and not (self.structure and self.structure.budgets):
+            raise ValueError("baseline 'alone' is of structure.budgets, and there are none")
+        named = {self.start, self.train.distill.teacher or ""} & {"dense+full", "dense+lora"}
+        for name in sorted(named - set(self.baselines)):
+            raise ValueError(f"{name} is to be trained, so that baselines must name it")
         return self
 
     @property

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from elastune.elastic.lora import ElasticLoRALinear
 from elastune.linears import in_features, is_linear, out_features, weight_of
-from elastune.macs import Row, Work, total
+from elastune.macs import Row, Work, counted, total
 from elastune.models.architecture import Architecture
 from elastune.models.blocks import PARTS, Block, Part, Weights
 from elastune.space import DimKind, ElasticDim, SearchSpace, SubnetConfig
@@ -34,7 +34,8 @@ class Cost:
         nonzero: parameters that are not zero.
         macs: MACs of one forward pass over ``T`` tokens, batch 1, logits of all of them included.
         decode_macs: MACs of one more token with ``T`` tokens in the cache; 0 for encoders.
-        block_macs: the part of ``macs`` that is spent inside the blocks: no head, no embedding.
+        block_macs: the part of ``macs`` that is spent inside the blocks: no head, no embedding, so
+            that an elastic embedding does not change it.
     """
 
     params: int
@@ -98,10 +99,17 @@ class CostModel:
         found = net.blocks
         tables = [_BlockTable(block, net, work, adapters) for block in found]
         inside = {id(p) for block in found for p in block.module.parameters()}
-        rest = [p for p in net.model.parameters() if id(p) not in inside | adapters]
-        rows = [_counted(rest)]
+        table = net.embedding
+        own = set() if table is None else {id(p) for p in table.parameters()}
+        rest = [p for p in net.model.parameters() if id(p) not in inside | adapters | own]
+        rows = [counted(rest)]
         rows += [work.linear(name, m) for name, m in work.linears() if not work.in_block(name)]
         self._outside = total(rows)
+        self._tables = [
+            (dim.name, {rank: work.embedding(table, rank) for rank in dim.choices})
+            for dim in net.space.dims
+            if dim.kind == "embedding" and table is not None
+        ]
         self._outside_ranks = [
             (dim, _adapter_sizes(name, work, _Cut(net.adapters[name]).at(None)))
             for name, dim in _rank_dims(net).items()
@@ -126,7 +134,7 @@ class CostModel:
                 nonzero += row[1]
                 macs += row[2]
                 decode += row[3]
-            rest = [self._outside]
+            rest = [self._outside, *(rows[config[dim]] for dim, rows in self._tables)]
             rest += [
                 _adapter_row(sizes, config[dim], self._merged) for dim, sizes in self._outside_ranks
             ]
@@ -141,12 +149,6 @@ class CostModel:
             decode + outside.decode_macs,
             macs,
         )
-
-
-def _counted(parameters: Sequence[nn.Parameter]) -> Row:
-    """Count parameters and those that are not zero."""
-    nonzero = sum(int(torch.count_nonzero(p)) for p in parameters)
-    return Row(sum(p.numel() for p in parameters), nonzero)
 
 
 def _rank_dims(net: SuperNetwork) -> dict[str, str]:
@@ -183,7 +185,7 @@ class _Cut:
     def at(self, index: Tensor | None) -> _Slice:
         """Count what ``index`` takes; None takes all, of a quantised layer too."""
         module = self._module
-        whole = _counted(list(module.parameters(recurse=False)))
+        whole = counted(list(module.parameters(recurse=False)))
         if not is_linear(module):
             rows = whole if index is None else self._taken(index)
             return _Slice(rows.params, rows.nonzero, 0, 0, 0)
@@ -205,7 +207,7 @@ class _Cut:
         taken = Row(params, sum(int(nonzero.sum()) for nonzero, _ in lines))
         # With some of the columns the bias stays whole.
         bias = getattr(self._module, "bias", None) if self._dim == 1 else None
-        return taken if bias is None else total([taken, _counted([bias])])
+        return taken if bias is None else total([taken, counted([bias])])
 
     def _lines(self) -> list[tuple[Tensor, int]]:
         """Return non-zeros in each row (or column) of each parameter, and a row's size."""
@@ -315,7 +317,7 @@ class _BlockTable:
             w.path: _Cut(block.module.get_submodule(w.path), w.dim)
             for w in self._weights(part, full)
         }
-        rest = _counted(self._rest_of(part, list(cuts)))
+        rest = counted(self._rest_of(part, list(cuts)))
         rows, adapters = {0: Row()}, {0: _Adapters()}
         for size in {full, *(dim.choices if dim else ())} - {0}:
             found, rows_here = _Adapters(), [rest]
@@ -352,7 +354,7 @@ class _BlockTable:
         """Count what belongs to no half: norms over the hidden size, further linear layers."""
         block, work = self._block, self._work
         halves = {i for part in PARTS for i in self._part_ids(part)} | self._adapters
-        rows = [_counted([p for p in block.module.parameters() if id(p) not in halves])]
+        rows = [counted([p for p in block.module.parameters() if id(p) not in halves])]
         adapters = _Adapters()
         for name, module in work.linears():
             if name.startswith(f"{block.name}.") and name not in sliced:

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from elastune.config import Recipe, TaskConfig
+from elastune.config import BASELINES, Recipe, TaskConfig, TrainConfig
 
 _CHUNK = 1 << 16
 _CHUNKS = 64
@@ -32,46 +32,80 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
 
     Args:
         recipe: of the run.
-        stage: sparsify, train, search, single choices, allocate, or the name of a baseline.
+        stage: importance, generate, sparsify, train, search, single choices, allocate, or the name
+            of a baseline.
         sources: what `source_hashes` returned.
     """
     task = recipe.task.model_copy(update={"limit": None})  # of the report alone
     # The task decides the head; a head that the checkpoint lacks is drawn by the seed.
     model = [recipe.model, recipe.dtype, recipe.seed, task, sources.get("model")]
     data: list[Any] = [task, recipe.data, recipe.seed, sources.get("task")]
-    base: list[Any] = [*model, recipe.sparsify, recipe.seed, sources.get("calibration")]
+    plain = [*data, plain_training(recipe)]
+    start = [*model, recipe.start, *(plain if recipe.start != "model" else [])]
+    base: list[Any] = [*start, recipe.sparsify, recipe.seed, sources.get("calibration")]
     texts = [recipe.sparsify.calibration.source]
-    trained = [*data, recipe.adapter, recipe.train]
+    trained = [*data, recipe.adapter, recipe.train, sources.get("teacher")]
     cut: list[Any] = []
     structure = recipe.structure
+    length = recipe.evaluate.macs_length
+    scored: list[Any] = []
+    if recipe.importance is not None:
+        scored = [*start, *data, recipe.importance]
+        if recipe.importance.method == "movement":
+            scored += [recipe.train, sources.get("teacher")]
+        base += scored
     if structure is not None:
         base += [structure.order, structure.calibration, sources.get("order")]
         texts.append(structure.calibration.source)
         cut = [structure.ffn, structure.heads, structure.depth]
         cut += [structure.round_to, structure.shared]
+        if structure.generate is not None:
+            base += [structure.generate, structure.round_to, structure.probes, length]
     if "task" in texts:
         base += data
     parts: dict[str, list[Any]] = {
+        "importance": scored,
+        "data": data,
+        "teacher": _teacher(recipe, plain, model, sources),
+        "generate": base,
         "sparsify": base,
         "train": [*base, *trained, *cut],
-        "search": [*base, *trained, *cut, recipe.search],
+        "search": [*base, *trained, *cut, recipe.search, length, *_budgets(recipe)],
         "single choices": [*base, *trained, *cut, structure and structure.probes],
         "allocate": [*base, *trained, *cut, *_budgets(recipe)],
         "dense": model,
-        "dense+full": [*model, *data, recipe.train],
-        "dense+lora": [*model, *trained],
+        "dense+full": [*model, *plain],
+        "dense+lora": [*model, *plain, recipe.adapter],
         "sparse": base,
-        "sparse+lora": [*base, *trained],
+        "sparse+lora": [*base, *plain, recipe.adapter],
+        "alone": [*base, *trained, *cut],
     }
     return fingerprint(*parts[stage])
 
 
+def _teacher(
+    recipe: Recipe, plain: list[Any], model: list[Any], sources: Mapping[str, str]
+) -> list[Any]:
+    """Return what the outside teacher's weights depend on, if there is one."""
+    name = recipe.train.distill.teacher
+    if name not in recipe.baselines:
+        return [name, sources.get("teacher")]
+    return [name, *model, *plain, recipe.adapter]
+
+
 def _budgets(recipe: Recipe) -> list[Any]:
     structure = recipe.structure
-    length = recipe.evaluate.macs_length
     if structure is None:
         return []
+    length = recipe.evaluate.macs_length
     return [structure.budgets, structure.allocation, structure.probes, length]
+
+
+def plain_training(recipe: Recipe) -> TrainConfig:
+    """Return the settings of training that matter where there is no choice and no teacher."""
+    of_choice = ("sampler", "n_random", "distill", "draw_per", "update")
+    usual = TrainConfig()
+    return recipe.train.model_copy(update={name: getattr(usual, name) for name in of_choice})
 
 
 def report_key(task: TaskConfig) -> str:
@@ -91,6 +125,8 @@ def source_hashes(recipe: Recipe, recorded: Mapping[str, str]) -> dict[str, str]
         "task": [recipe.task.name],
         "calibration": [recipe.sparsify.calibration.source],
     }
+    if recipe.train.distill.teacher not in (None, "largest", *BASELINES):
+        named["teacher"] = [recipe.train.distill.teacher]
     if recipe.structure is not None:
         named["order"] = [recipe.structure.calibration.source]
     for task in recipe.report_tasks:

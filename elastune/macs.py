@@ -2,7 +2,7 @@
 
 MACs (multiply-accumulates) count every linear layer and the two products of attention; masked
 pairs count as computed, zeros too: common kernels compute them. Norms, activations and the
-embedding's look-up are no products of matrices.
+embedding's look-up are no products of matrices; a factorised embedding's projection is one.
 
 Shapes: `T` tokens.
 """
@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from elastune.elastic.embedding import ElasticEmbedding
 from elastune.linears import in_features, out_features
 from elastune.models.architecture import type_of
 from elastune.models.families import record_for
@@ -33,6 +35,12 @@ class Row(NamedTuple):
 def total(rows: Iterable[Row]) -> Row:
     """Add parts up, field by field."""
     return Row(*map(sum, zip(Row(), *rows, strict=True)))
+
+
+def counted(parameters: Iterable[Tensor]) -> Row:
+    """Count parameters and those that are not zero."""
+    sizes = [(p.numel(), int(torch.count_nonzero(p))) for p in parameters]
+    return Row(sum(size for size, _ in sizes), sum(nonzero for _, nonzero in sizes))
 
 
 class Work:
@@ -89,6 +97,15 @@ class Work:
         prefill, decode = self.positions(name)
         weight = in_features(module) * out_features(module)
         return Row(macs=prefill * weight, decode_macs=decode * weight)
+
+    def embedding(self, table: ElasticEmbedding, rank: int) -> Row:
+        """Return what an elastic embedding costs at a rank; its width is the table as it is."""
+        if rank == table.embedding_dim:
+            return counted([table.weight])
+        factors = [table.factor_a[:, :rank], table.factor_b[:rank]]
+        weight = factors[1].numel()
+        macs = Row(macs=self.tokens * weight, decode_macs=self._decodes * weight)
+        return total([counted(factors), macs])
 
     def attention(self, index: int, width: int) -> Row:
         """Return the MACs of Q K^T and of the weighted sum over V, at heads times head size."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from elastune.alone import alone, alone_inputs, load_alone
 from elastune.choose import chosen
 from elastune.config import TaskConfig
 from elastune.cost import Cost, CostModel, model_cost
@@ -39,6 +41,8 @@ def systems(run: Run, names: list[str] | None = None) -> list[System]:
     """List what the report compares: the recipe's baselines, then the chosen sub-networks."""
     found = []
     for name in run.recipe.baselines:
+        if name == "alone":
+            continue
         key = run.inputs(name)
         if name == "dense":
             found.append(System(name, key, lambda: run.load_dense()[0]))
@@ -46,6 +50,9 @@ def systems(run: Run, names: list[str] | None = None) -> list[System]:
             found.append(System(name, key, run.load_sparse))
         else:
             found.append(System(name, key, lambda name=name: run.load_baseline(name)))  # type: ignore[misc]
+    for name, config in alone(run).items():
+        own = partial(load_alone, run, name, config)
+        found.append(System(name, alone_inputs(run, config), own))
     for name, config in chosen(run).items():
         key = run.inputs("train", config.to_json())
         found.append(System(name, key, run.load_supernet, config))
@@ -155,7 +162,7 @@ class _Table:
 
     def save(self) -> None:
         """Write the rows in the order of systems and tasks, if they changed."""
-        names = [*self.run.recipe.baselines, *chosen(self.run)]
+        names = [system.name for system in systems(self.run)]
         labels = [task.label for task in self.run.recipe.report_tasks]
         labels += [task for _, task in self._rows if task not in labels]
         places = sorted(

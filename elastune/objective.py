@@ -1,4 +1,4 @@
-"""Configuration -> numbers to be minimised: the quality on validation examples, and the size."""
+"""Configuration -> numbers to be minimised: the quality on validation examples, and the cost."""
 
 from __future__ import annotations
 
@@ -28,9 +28,12 @@ def make_objective(
     cost: CostModel,
     *,
     kind: Literal["loss", "score"],
+    against: Literal["params", "nonzero", "macs", "block_macs"] = "params",
     batch_tokens: int = 8192,
 ) -> tuple[Objective, tuple[str, ...]]:
-    """Return an objective with a cache, and the names of its values, quality first.
+    """Return an objective with a cache, and the names of its two values, quality first.
+
+    What the objective measures holds every other count of the `Cost`, too, by its name.
 
     Args:
         net: activated for each measurement, and put back.
@@ -41,6 +44,7 @@ def make_objective(
         kind: ``"loss"``, the mean loss of the right answers (one forward pass; in nats per token
             for language models), or ``"score"``, the task's first metric (turned into an error to
             minimise).
+        against: the cost that is minimised beside the quality.
         batch_tokens: tokens in a batch.
     """
     quality = "loss" if kind == "loss" else "error"
@@ -56,10 +60,11 @@ def make_objective(
                         net.model, tokenizer, task, examples, batch_tokens=batch_tokens
                     )
                     value = 1 - score.value if score.higher_is_better else score.value
-            cache[config] = {quality: float(value), "params": float(cost(config).params)}
+            counts = {name: float(count) for name, count in vars(cost(config)).items()}
+            cache[config] = {quality: float(value), **counts}
         return cache[config]
 
-    return objective, (quality, "params")
+    return objective, (quality, against)
 
 
 def _mean_loss(

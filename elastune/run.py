@@ -6,7 +6,6 @@ did not change since it was done, and goes on where it was killed otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,21 +19,19 @@ from elastune.calibration_text import calibration_texts
 from elastune.config import CalibrationConfig, Recipe, TaskConfig, TrainConfig
 from elastune.data import Splits, calibration_rows, make_splits
 from elastune.errors import BadArtifact
-from elastune.files import read_json, whole_folder, write_json
-from elastune.finetune import adapted, net_space, plain, save_tuned
-from elastune.heads import HEADS
-from elastune.importance.structure import structure_scores
-from elastune.inputs import fingerprint, stage_inputs
+from elastune.files import read_json
+from elastune.finetune import adapted, adapter_space, net_space, plain
+from elastune.generated import GeneratedSpace
+from elastune.heads import HEADS, Head
+from elastune.inputs import fingerprint, plain_training, stage_inputs
 from elastune.leaks import check_text_leaks
-from elastune.models import load_model, write_model
+from elastune.models import load_model
 from elastune.progress import Reporter
-from elastune.reorder import reorder_
-from elastune.sampling import make_sampler
 from elastune.space import SearchSpace
-from elastune.sparsify import Sparsity, sparsify_, sparsity_report
+from elastune.sparsify import Sparsity, sparsity_report
 from elastune.supernet import SuperNetwork
 from elastune.tasks import Task, get_task
-from elastune.train import Trainee, load_trained, train
+from elastune.train import load_trained
 from elastune.whole_model import WholeModel
 
 
@@ -156,6 +153,12 @@ class Run:
             "num_labels": task.num_labels,
         }
 
+    def load_start(self) -> PreTrainedModel:
+        """Load what the super-network's base begins as, all its parts in their own order."""
+        if self.recipe.start == "model":
+            return self.load_dense()[0]
+        return self.load_baseline(self.recipe.start).model
+
     def load_sparse(self) -> PreTrainedModel:
         """Load what `sparsify` made, and check that its zeros are all there.
 
@@ -176,71 +179,32 @@ class Run:
             )
         return model
 
-    # -- stages ----------------------------------------------------------------------------
-
-    def sparsify(self) -> None:
-        """Prune and reorder the base as the recipe says; save it with its account of zeros."""
-        inputs = self.inputs("sparsify")
-        if self.dir.is_done("sparsify", inputs):
-            return
-        cfg = self.recipe.sparsify
-        model, tokenizer = self.load_dense()
-        with self.dir.stage("sparsify", inputs, self.dir.base):
-            if self.sparsity.ratio > 0:
-                with self.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar:
-                    is_blind = cfg.method == "magnitude"
-                    rows = None if is_blind else self.calibration(model, cfg.calibration)
-                    sparsify_(model, cfg.method, self.sparsity, rows, progress=bar)
-            self._reorder(model)
-            report = sparsity_report(model, method=cfg.method, sparsity=self.sparsity)
-            with whole_folder(self.dir.base) as partial:
-                write_model(model, tokenizer, partial)
-                write_json(partial / self.dir.sparsity.name, report)
-        if self.sparsity.ratio > 0:
-            share = report["total"]["sparsity"]
-            self.reporter.say(f"{share:.2%} of the blocks' weights are zero")
-
-    def _reorder(self, model: PreTrainedModel) -> None:
-        """Sort heads and channels, best first; the model computes what it did."""
-        cfg = self.recipe.structure
-        if cfg is None or cfg.order == "natural" or (cfg.ffn is None and cfg.heads is None):
-            return
-        rows = None if cfg.order == "magnitude" else self.calibration(model, cfg.calibration)
-        self.reporter.say(
-            f"heads and channels are sorted by {cfg.order}, so that the best are kept"
-        )
-        reorder_(model, structure_scores(model, rows, method=cfg.order))
-
-    def train_supernet(self) -> None:
-        """Train the super-network: all its sub-networks at once."""
-        inputs = self.inputs("train")
-        if self.dir.is_done("train", inputs):
-            return
-        model = self.load_sparse()
-        space = net_space(model, self.recipe.adapter, self.recipe.structure)
-        with self.dir.stage("train", inputs, self.dir.supernet, self.dir.space):
-            write_json(self.dir.space, space.to_dict())
-            cfg = self.recipe.train
-            sampler = make_sampler(cfg.sampler, space, self.recipe.seed, n_random=cfg.n_random)
-            net = self._adapted(model, space)
-            self._train(net, sampler, self.train_config, self.dir.supernet, "super-network")
-
-    def train_baseline(self, name: str) -> None:
-        """Train all weights, or a plain LoRA of the largest ranks, for the same steps and batches.
+    def space_of(self, model: PreTrainedModel) -> SearchSpace:
+        """Return the search space: generated, or as the recipe writes it.
 
         Args:
-            name: ``dense+full``, ``dense+lora`` or ``sparse+lora``.
+            model: the base.
         """
-        inputs = self.inputs(name)
-        if self.dir.is_done(name, inputs):
-            return
-        net, sampler, cfg = self._plain(name)
-        folder = self.dir.baseline(name)
-        with self.dir.stage(name, inputs, folder):
-            self._train(net, sampler, cfg, folder, name)
-            sparse = str(self.dir.base.resolve())
-            base = sparse if name.startswith("sparse") else net.model.name_or_path
-            save_tuned(net, self.tokenizer, folder, base=base)
+        structure = self.recipe.structure
+        if structure is None or structure.generate is None:
+            return net_space(model, self.recipe.adapter, structure)
+        cuts = self.generated.space
+        ranks = self.recipe.adapter.ranks
+        return adapter_space(model, self.recipe.adapter) + cuts if ranks else cuts
+
+    @property
+    def generated(self) -> GeneratedSpace:
+        """The space made from importance.
+
+        Raises:
+            BadArtifact: it was not made yet.
+        """
+        if not self.dir.is_done("generate", self.inputs("generate")):
+            raise BadArtifact(
+                f"{self.dir.generated} is missing or of another recipe",
+                try_=f"elastune run {self.dir.root}",
+            )
+        return GeneratedSpace.from_dict(read_json(self.dir.generated))
 
     @property
     def train_config(self) -> TrainConfig:
@@ -248,13 +212,14 @@ class Run:
         cfg = self.recipe.train
         return cfg.model_copy(update={"seed": self.recipe.seed if cfg.seed is None else cfg.seed})
 
-    def _plain(self, name: str) -> tuple[WholeModel | SuperNetwork, Any, TrainConfig]:
+    def whole(self, name: str) -> tuple[WholeModel | SuperNetwork, Any, TrainConfig]:
         base, _, update = name.partition("+")
         model = self.load_dense()[0] if base == "dense" else self.load_sparse()
+        cfg = plain_training(self.recipe).model_copy(update={"seed": self.train_config.seed})
         head = self._as_loaded["head"]
-        return plain(model, head, self.train_config, update, self.recipe.adapter)  # type: ignore[arg-type]
+        return plain(model, head, cfg, update, self.recipe.adapter)  # type: ignore[arg-type]
 
-    def _adapted(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
+    def elastic(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
         """Make a model elastic as the recipe says."""
         seed = self.train_config.seed or 0
         return adapted(
@@ -266,17 +231,16 @@ class Run:
             train_base=self.recipe.train.update == "full",
         )
 
-    def _train(self, net: Trainee, sampler: Any, cfg: TrainConfig, folder: Any, title: str) -> None:
-        head = HEADS[self._as_loaded["head"]]
-        items = head.encode(self.splits.train, self.tokenizer, cfg.max_length)
-        with self.reporter.bar(f"train {title}", "steps") as bar:
+    @property
+    def head(self) -> Head:
+        """What reads the task's examples."""
+        return HEADS[self._as_loaded["head"]]
 
-            def show(done: int, total: int, facts: Mapping[str, float]) -> None:
-                note = f"loss {facts['loss']:.3f}" if facts else ""
-                speed = f", {facts['tokens_per_s']:.0f} tokens/s" if facts else ""
-                bar(done, total, note + speed)
-
-            train(net, items, sampler, cfg, folder=folder, head=head, progress=show)
+    def load_teacher(self, name: str) -> PreTrainedModel:
+        """Load a trained baseline, or the checkpoint that a recipe names."""
+        if name in self.recipe.baselines:
+            return self.load_baseline(name).model
+        return load_model(name, **self._as_loaded)[0]
 
     def load_supernet(self) -> SuperNetwork:
         """Load the trained super-network.
@@ -289,13 +253,18 @@ class Run:
                 f"{self.dir.supernet} is missing or of another recipe", try_="elastune train RUN"
             )
         space = SearchSpace.from_dict(read_json(self.dir.space))
-        net = self._adapted(self.load_sparse(), space)
+        net = self.elastic(self.load_sparse(), space)
         load_trained(net, self.dir.supernet)
         return net
 
     def load_baseline(self, name: str) -> WholeModel | SuperNetwork:
         """Load a trained baseline: a whole model, or a super-network of one configuration."""
-        net, _, _ = self._plain(name)
+        if not self.dir.is_done(name, self.inputs(name)):
+            raise BadArtifact(
+                f"{self.dir.baseline(name)} is missing or of another recipe",
+                try_=f"elastune run {self.dir.root}",
+            )
+        net, _, _ = self.whole(name)
         load_trained(net, self.dir.baseline(name))
         return net
 

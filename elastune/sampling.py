@@ -79,7 +79,11 @@ class SandwichSampler:
         return [Draw(config, 1 / len(configs)) for config in configs]
 
 
-STAGE_ORDER: tuple[tuple[DimKind, ...], ...] = (("rank",), ("heads", "ffn"), ("depth",))
+STAGE_ORDER: tuple[tuple[DimKind, ...], ...] = (
+    ("rank",),
+    ("heads", "ffn", "embedding"),
+    ("depth",),
+)
 """Kinds of dim in the order in which progressive training opens them; a tuple opens as one."""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elastune.drop_blocks import keep_blocks_
 from elastune.elastic.absent import AbsentAttention, AbsentLinear
 from elastune.elastic.linear import (
     ElasticConv1D,
@@ -75,6 +76,8 @@ def extract_model(net: SuperNetwork, config: SubnetConfig, *, merge: bool = True
     adapter = None
     with net.active(config):
         replaced = _active_weights(whole, shapes)
+        if net.embedding is not None:
+            replaced[id(net.embedding)] = net.embedding.extract()
         alive = {name: a for name, a in net.adapters.items() if _stands(name, whole, kept)}
         if merge:
             for name, lora in alive.items():
@@ -173,19 +176,14 @@ def _make_plain(
     for module in list(model.modules()):
         unmake_sliceable(module)
         unmake_skippable(module)
-    container, _, _ = whole[0].name.rpartition(".")
-    left = nn.ModuleList()
     for block, shape in zip(whole, shapes, strict=True):
         if shape is not None:
-            module = model.get_submodule(block.name)
-            _fit(block, module, shape, len(left))
-            left.append(module)
-    n_full = len(whole)
-    model.set_submodule(container, left)
-    _tell_depth(model.config, n_full, [i for i, s in enumerate(shapes) if s is not None])
+            _fit(block, model.get_submodule(block.name), shape)
+    kept = [index for index, shape in enumerate(shapes) if shape is not None]
+    keep_blocks_(model, [block.name for block in whole], kept)
 
 
-def _fit(block: Block, module: nn.Module, shape: BlockShape, number: int) -> None:
+def _fit(block: Block, module: nn.Module, shape: BlockShape) -> None:
     """Make a block's modules say the sizes they have, and put nothing where there is nothing."""
     record = block.record
     held = dict(module.named_modules())  # without halves that a model cut before has lost
@@ -199,14 +197,10 @@ def _fit(block: Block, module: nn.Module, shape: BlockShape, number: int) -> Non
                 width = out_features(linear) if role in ("o", "down") else 0
                 module.set_submodule(record.roles[role], AbsentLinear(width))
     attention: Any = held[record.attention.path]
-    if hasattr(attention, "layer_idx") and attention.layer_idx is not None:
-        attention.layer_idx = number
     if isinstance(attention, AbsentAttention):
         return
     if shape.heads == 0:
-        stand_in = absent_attention(block)
-        stand_in.layer_idx = number if hasattr(attention, "layer_idx") else None
-        module.set_submodule(record.attention.path, stand_in)
+        module.set_submodule(record.attention.path, absent_attention(block))
         return
     for path in record.attention.followers:
         if path in held:
@@ -222,13 +216,3 @@ def _tell_features(module: Any) -> None:
         module.nx, module.nf = rows, columns
     else:
         module.out_features, module.in_features = rows, columns
-
-
-def _tell_depth(config: Any, n_full: int, kept: Sequence[int]) -> None:
-    """Shorten what a config says for each block: lists such as layer_types, no_rope_layers."""
-    if len(kept) == n_full:
-        return
-    for name, value in list(vars(config).items()):
-        if "layer" in name and isinstance(value, list) and len(value) == n_full:
-            setattr(config, name, [value[index] for index in kept])
-    config.num_hidden_layers = len(kept)

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elastune.elastic.embedding import (
+    ElasticEmbedding,
+    check_ranks,
+    input_embedding,
+    make_factorisable,
+    unmake_factorisable,
+)
 from elastune.elastic.linear import ElasticConv1D, ElasticLinear
 from elastune.elastic.lora import ElasticLoRALinear, Scaling
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 from elastune.linears import is_linear
 from elastune.models.blocks import Block, BlockShape, blocks
-from elastune.space import SearchSpace, SubnetConfig
+from elastune.space import ElasticDim, SearchSpace, SubnetConfig
 from elastune.state import copy_state
 from elastune.structure import STRUCTURE_KINDS, ElasticStructure
 
@@ -62,9 +69,15 @@ class SuperNetwork(nn.Module):
         self.space = space
         # Checked whole before anything is changed: a refused model is as it was.
         largest = _largest_ranks(model, space)
+        table = _embedding_dim(model, space)
         cuts = [dim for dim in space.dims if dim.kind in STRUCTURE_KINDS]
         self.structure = ElasticStructure(model, cuts) if cuts else None
+        self.embedding = make_factorisable(table[0], table[1].choices) if table else None
+        """The word embedding, where its rank is a dim."""
+        self._table_dim = table[1].name if table else None
         model.requires_grad_(train_base)
+        if self.embedding is not None and not self.embedding.is_full:
+            self.embedding.weight.requires_grad_(False)  # no sub-network uses the table itself
         for name in self.trained:
             model.get_submodule(name).requires_grad_(True)
         self.adapters = _add_adapters(model, largest, alpha, dropout, scaling, seed)
@@ -101,6 +114,8 @@ class SuperNetwork(nn.Module):
             for name in self._cuts:
                 if config[name] != self._active.get(name):
                     self.structure.set_active(name, config[name])
+        if self.embedding is not None and self._table_dim is not None:
+            self.embedding.set_active(config[self._table_dim])
         self._active = config
 
     def shapes(self, config: SubnetConfig) -> list[BlockShape | None]:
@@ -129,13 +144,20 @@ class SuperNetwork(nn.Module):
         return self.model(*args, **kwargs)
 
     def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name: A and B of adapters, weights of head and base."""
+        """Return what training changes, by name: A and B of adapters, weights of head and base.
+
+        The factors of an elastic embedding are there in any case: its ranks mean nothing else.
+        """
         state = {}
         if self.train_base:
             state = {name: p.detach() for name, p in _base_parameters(self.model)}
         for name in self.trained:
             for part, parameter in self.model.get_submodule(name).named_parameters():
                 state[f"{name}.{part}"] = parameter.detach()
+        if self.embedding is not None:
+            name = next(n for n, m in self.model.named_modules() if m is self.embedding)
+            state[f"{name}.factor_a"] = self.embedding.factor_a.detach()
+            state[f"{name}.factor_b"] = self.embedding.factor_b.detach()
         for name, adapter in self.adapters.items():
             state[f"{name}.lora_A"] = adapter.lora_A.detach()
             state[f"{name}.lora_B"] = adapter.lora_B.detach()
@@ -153,6 +175,8 @@ class SuperNetwork(nn.Module):
         """Put the model's own modules back and return it; this super-network is then of no use."""
         if self.structure is not None:
             self.structure.release()
+        if self.embedding is not None:
+            unmake_factorisable(self.embedding)
         for name, adapter in self.adapters.items():
             self.model.set_submodule(name, adapter.base)
         return self.model
@@ -171,7 +195,7 @@ def _base_parameters(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter
 def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]:
     """Return the largest rank of every module of the space, checked to fit the model."""
     modules = dict(model.named_modules())
-    elastic = (ElasticLoRALinear, ElasticLinear, ElasticConv1D)
+    elastic = (ElasticLoRALinear, ElasticLinear, ElasticConv1D, ElasticEmbedding)
     if any(isinstance(module, elastic) for module in modules.values()):
         raise InvalidSpace("the model is elastic already", try_="unwrap() its super-network first")
     largest: dict[str, int] = {}
@@ -194,6 +218,25 @@ def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]
                 raise InvalidSpace(f"{name} stands in two dims; one rank cannot follow both")
             largest[name] = dim.choices[0]
     return largest
+
+
+def _embedding_dim(
+    model: PreTrainedModel, space: SearchSpace
+) -> tuple[nn.Embedding, ElasticDim] | None:
+    """Return the word embedding and its dim, checked to fit each other."""
+    dims = [dim for dim in space.dims if dim.kind == "embedding"]
+    if not dims:
+        return None
+    name, table = input_embedding(model)
+    for dim in dims:
+        if dim.modules != (name,):
+            raise InvalidSpace(
+                f"{dim.name}: its modules are {', '.join(dim.modules)}, the embedding is {name}"
+            )
+        check_ranks(dim.name, dim.choices, table)
+    if len(dims) > 1:
+        raise InvalidSpace(f"{name} stands in two embedding dims: {dims[0].name}, {dims[1].name}")
+    return table, dims[0]
 
 
 def _add_adapters(

@@ -7,7 +7,8 @@ what the uninterrupted one would have drawn.
 Sources: Shears (section 3.2) and LoNAS train one random sub-network a (micro-)step; EFTNAS a
 sandwich. Deviations: the warm-up is really applied, and by default gradient accumulation keeps one
 sub-network per optimizer step (``draw_per="micro_batch"`` draws as the papers' code does).
-In-place distillation is that of Yu and Huang 2019 (universally slimmable networks).
+In-place distillation is that of Yu and Huang 2019 (universally slimmable networks), an outside
+teacher for every draw that of EFTNAS.
 """
 
 from __future__ import annotations
@@ -26,22 +27,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from elastune.config import DistillConfig, TrainConfig
 from elastune.errors import BadArtifact, BadRecipe, TrainingDiverged
-from elastune.heads import HEADS, Head, Outputs
+from elastune.heads import HEADS, Head, SoftTargets
 from elastune.length_groups import LengthGroups
 from elastune.sampling import Sampler
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.step_log import COMPLETE, NothingLeft, Progress, StepLog
+from elastune.teacher import AnyTeacher, check_teacher, teacher_hooks
+from elastune.train_step import TrainStep
 
 _WEIGHTS = "trained.safetensors"
+_NUMBERS = "item_numbers"
+"""Field of a batch that says which items are in it; no model sees it."""
 
 
 class Trainee(Protocol):
@@ -73,6 +73,9 @@ class ScheduledTrainee(Trainee, Protocol):
     def penalty(self) -> Tensor:
         """Return what is added to a step's mean loss, a scalar."""
 
+    def parameter_groups(self, cfg: TrainConfig) -> list[dict[str, Any]]:
+        """Return what the optimizer treats apart: groups with ``params`` and own settings."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -92,6 +95,7 @@ def train(
     *,
     folder: Path,
     head: Head = HEADS["causal-lm"],
+    teacher: AnyTeacher | None = None,
     progress: Progress | None = None,
 ) -> TrainResult:
     """Train ``net`` and leave ``trained.safetensors`` and ``train.jsonl`` in ``folder``.
@@ -101,27 +105,31 @@ def train(
 
     ``train.jsonl`` has one row a step: step, loss (mean over targets: nats per labelled token for
     language models), lr, tokens, seconds, and the configurations trained, as indices into each
-    dim's choices. With a ``cfg.distill.teacher`` the loss is what is minimised: that of the first
-    draw on the labels and how far the others are from it, weighted.
+    dim's choices. With a ``cfg.distill.teacher`` the loss is what is minimised.
 
     Args:
         items: what ``head.encode`` made of the examples.
         head: reads the items and computes the loss.
+        teacher: from outside, where ``cfg.distill.teacher`` names one (`elastune.teacher`).
 
     Raises:
         TrainingDiverged: the loss became NaN or infinite; the last checkpoint is kept.
-        BadRecipe: the settings ask for what this device or ``sampler`` cannot do.
+        BadRecipe: the settings ask for what this device, ``sampler`` or ``teacher`` cannot do.
     """
-    distill = _distillation(net, sampler, cfg)
+    step = TrainStep(net.model, head, _distillation(net, items, sampler, cfg, teacher))
+    if teacher is not None:
+        teacher.hooks = teacher_hooks(step.hooks, teacher, cfg.distill)
     folder.mkdir(parents=True, exist_ok=True)
     log = StepLog(folder / "train.jsonl", net.space, progress)
     with ExitStack() as stack:
         stack.enter_context(head.training(net.model))
+        if teacher is not None and teacher.model is not None:
+            stack.enter_context(head.training(teacher.model))
         if cfg.gradient_checkpointing:
             stack.enter_context(_checkpointed(net.model))
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
-        trainer = _SuperNetworkTrainer(net, head, sampler, cfg, distill, log, items, folder)
+        trainer = _SuperNetworkTrainer(net, step, sampler, cfg, log, items, folder, teacher)
         started = time.monotonic()
         with suppress(NothingLeft):
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
@@ -150,8 +158,17 @@ def _checkpointed(model: PreTrainedModel) -> Iterator[None]:
         model.disable_input_require_grads()
 
 
-def _distillation(net: Trainee, sampler: Sampler, cfg: TrainConfig) -> DistillConfig | None:
-    """Return how sub-networks learn from the largest; None where there is nothing but it."""
+def _distillation(
+    net: Trainee,
+    items: Sequence[Any],
+    sampler: Sampler,
+    cfg: TrainConfig,
+    teacher: AnyTeacher | None,
+) -> DistillConfig | None:
+    """Return what is learnt of a teacher; None where there is none, or nobody to teach."""
+    if cfg.distill.has_outside_teacher or teacher is not None:
+        check_teacher(net.model, items, cfg.distill, teacher)
+        return cfg.distill
     if cfg.distill.teacher is None or net.space is None or net.space.size == 1:
         return None
     if not getattr(sampler, "begins_with_largest", False):
@@ -198,64 +215,56 @@ def _last_checkpoint(folder: Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-class _Step(nn.Module):
-    """What data parallelism wraps: batch in, summed loss out, by one forward call."""
-
-    def __init__(self, model: PreTrainedModel, head: Head, distill: DistillConfig | None) -> None:
-        super().__init__()
-        self.model = model
-        self.head = head
-        self.distill = distill
-
-    def forward(
-        self, batch: dict[str, Any], teacher: Outputs | None = None
-    ) -> tuple[Tensor, Outputs | None]:
-        """Return the loss of the active sub-network, and the teacher of those that follow.
-
-        Args:
-            teacher: outputs for the same batch, if there are any yet.
-        """
-        cfg, head = self.distill, self.head
-        if cfg is None:
-            return head.loss(self.model, batch), None
-        outputs = head.outputs(self.model, batch)
-        if teacher is None:
-            return head.loss_of(outputs, batch), tuple(output.detach() for output in outputs)
-        loss = cfg.weight * head.distillation_loss(outputs, teacher, batch, cfg.temperature)
-        if cfg.weight < 1:
-            loss = loss + (1 - cfg.weight) * head.loss_of(outputs, batch)
-        return loss, teacher
-
-
 class _SuperNetworkTrainer(Trainer):
     """Trains the draws of each step; everything else is the stock Trainer."""
 
     def __init__(
         self,
         net: Trainee,
-        head: Head,
+        step: TrainStep,
         sampler: Sampler,
         cfg: TrainConfig,
-        distill: DistillConfig | None,
         log: StepLog,
         items: Sequence[Any],
         folder: Path,
+        teacher: AnyTeacher | None,
     ) -> None:
         self.net = net
-        self.head = head
+        self.head = step.head
         self.sampler = sampler
         self.cfg = cfg
         self.step_log = log
         self.folder = folder
+        self.teacher = teacher
         self._micro_batch = (-1, 0)
         super().__init__(
-            model=_Step(net.model, head, distill),
+            model=step,
             args=_arguments(cfg, folder),
-            data_collator=head.collate,  # type: ignore[arg-type]
-            train_dataset=list(items),  # type: ignore[arg-type]
+            data_collator=self._collate,
+            train_dataset=list(enumerate(items)),  # type: ignore[arg-type]
             callbacks=[log],
         )
+        if teacher is not None and teacher.model is not None:
+            teacher.model.to(self.args.device)  # type: ignore[arg-type]
         self.remove_callback(PrinterCallback)
+
+    def _collate(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        """Return a batch, and beside it the numbers of its items."""
+        batch = self.head.collate([item for _, item in numbered])
+        return {**batch, _NUMBERS: torch.tensor([number for number, _ in numbered])}
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Move what the trainee wants treated apart into groups of its own, behind the stock's."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and isinstance(self.net, ScheduledTrainee):
+            apart = self.net.parameter_groups(self.cfg)
+            moved = {id(parameter) for group in apart for parameter in group["params"]}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in moved]
+            for group in apart:
+                optimizer.add_param_group(group)
+        return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count the targets of all micro-batches of a step, over all processes."""
@@ -276,12 +285,12 @@ class _SuperNetworkTrainer(Trainer):
         scheduled = self.net if isinstance(self.net, ScheduledTrainee) else None
         if scheduled is not None:
             scheduled.begin_step(progress)
-        # The first draw teaches the others, unless a teacher's outputs stood here before it.
-        teacher: Outputs | None = None
+        # The first draw teaches the others, unless a teacher's outputs stand here before it.
+        targets = self._soft_targets(inputs, inputs.pop(_NUMBERS))
         for draw in draws:
             self.net.activate(draw.config)
             with self.compute_loss_context_manager():
-                summed, teacher = model(inputs, teacher)
+                summed, targets = model(inputs, targets)
             # Gradients are averaged over processes, and each holds its own share of the tokens.
             loss = summed * (draw.weight * self.args.world_size) / num_items_in_batch
             if scheduled is not None:  # of each micro-batch its share
@@ -294,11 +303,18 @@ class _SuperNetworkTrainer(Trainer):
         self.step_log.add(total, tokens * len(draws), draws)
         return total
 
+    def _soft_targets(self, batch: dict[str, Any], numbers: Tensor) -> SoftTargets | None:
+        """Return what an outside teacher says of a batch, once for all its draws."""
+        if self.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return self.teacher.soft_targets(batch, numbers)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Let sequences of similar length share a batch where batches are padded."""
         if not self.head.pads:
             return super()._get_train_sampler(train_dataset)
-        lengths = [self.head.length(item) for item in self.train_dataset]  # type: ignore[union-attr]
+        lengths = [self.head.length(item) for _, item in self.train_dataset]  # type: ignore[union-attr]
         return LengthGroups(lengths, self.args.train_batch_size, self.args.seed)
 
     def _draw_index(self, step: int) -> tuple[int, float]:

@@ -22,7 +22,8 @@ from typer.testing import CliRunner, Result
 from elastune.cli import app
 from elastune.console import ConsoleReporter
 
-COMMANDS = ["run", "sparsify", "train", "search", "extract", "evaluate", "report", "demo", "doctor"]
+COMMANDS = ["run", "sparsify", "space", "train", "search", "extract"]
+COMMANDS += ["evaluate", "report", "demo", "doctor"]
 
 
 def cli(*arguments: Any) -> Result:

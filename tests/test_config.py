@@ -88,7 +88,7 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Pat
 
 
 def test_a_dumped_recipe_spells_every_default_out() -> None:
-    elastic = {"method": "lonas", "structure": {"ffn": [1.0, 0.5]}}
+    elastic = {"method": "eftnas", "structure": {"generate": {}}}
     text = dump_recipe(make_recipe(SMALLEST | elastic, ""))
     for section in SECTIONS:
         for name in section.model_fields:

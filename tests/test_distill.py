@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 
 from elastune.build_space import lora_space
-from elastune.config import AdapterConfig, TrainConfig
+from elastune.config import AdapterConfig, DistillConfig, TrainConfig
 from elastune.errors import BadRecipe
 from elastune.finetune import adapted, only_largest
 from elastune.heads import HEADS
@@ -366,16 +366,32 @@ def test_every_weight_of_a_super_network_can_learn_from_the_largest(tmp_path: Pa
         ("largest", ("largest", 1.0, 1.0)),
         ({"teacher": "in_place", "weight": 0.5}, ("largest", 0.5, 1.0)),
         ({"name": "in_place", "temperature": 4}, ("largest", 1.0, 4.0)),  # shorthand, then --set
+        # From outside: as EFTNAS does, unless told otherwise.
+        ("dense+full", ("dense+full", 0.9, 2.0)),
+        ({"teacher": "some/checkpoint", "weight": 1.0}, ("some/checkpoint", 1.0, 2.0)),
+        ({"name": "dense+full", "temperature": 4}, ("dense+full", 0.9, 4.0)),
     ],
 )
-def test_in_place_is_short_for_the_largest_as_teacher(given: Any, meant: Any) -> None:
+def test_a_teacher_is_the_largest_or_one_from_outside_with_published_defaults(
+    given: Any, meant: Any
+) -> None:
     cfg = TrainConfig(distill=given).distill
     assert (cfg.teacher, cfg.weight, cfg.temperature) == meant
+    assert cfg.has_outside_teacher == (meant[0] not in (None, "largest"))
+    assert DistillConfig(**cfg.model_dump()) == cfg
 
 
 @pytest.mark.parametrize(
     "given",
-    ["bert-base", {"weight": 0.5}, {"teacher": "largest", "weight": 0}, {"temperature": 0}, 3],
+    [
+        "",
+        {"weight": 0.5},
+        {"hidden": 1},
+        {"teacher": "dense+full", "relations": -1},
+        {"teacher": "largest", "weight": 0},
+        {"temperature": 0},
+        3,
+    ],
 )
 def test_distillation_settings_that_mean_nothing_are_refused(given: Any) -> None:
     with pytest.raises(ValueError, match="distill"):

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from pymoo.util.nds.non_dominated_sorting import NonDominatedSorting
+from tiny_llama import tiny_llama, tiny_tokenizer
+from tiny_models import fill_adapters
 
-from elastune.errors import BadArtifact, BadRecipe, ElastuneError
-from elastune.search import SearchResult, Trial, search
+from elastune.build_space import lora_space
+from elastune.build_structure import structure_space
+from elastune.cost import Cost, CostModel
+from elastune.errors import BadArtifact, BadRecipe, ElastuneError, InvalidSubnet
+from elastune.evaluate import mean_loss
+from elastune.objective import make_objective
+from elastune.report.figures import COSTS
+from elastune.search import ALGORITHMS, SearchResult, Trial, search
+from elastune.search.store import TrialStore
+from elastune.sections import SearchConfig
 from elastune.space import ElasticDim, SearchSpace, SubnetConfig
+from elastune.supernet import SuperNetwork
+from elastune.tasks.base import Example
+from elastune.tasks.custom import Custom
 
 VALUES = ("loss", "params")
 
@@ -30,6 +45,9 @@ def measure(config: SubnetConfig) -> dict[str, float]:
     params = float(sum(config.values()))
     wave = sum(math.sin(i * choice) for i, choice in enumerate(config.values(), start=1))
     return {"loss": wave - params / 50, "params": params}
+
+
+STARTS = [SPACE.decode(code) for code in ([0, 1] * 3, [1, 1, 0, 0, 2, 2], [2, 0] * 3, [1, 0] * 3)]
 
 
 def run(storage: Path, trials: int = 20, *, space: SearchSpace = SPACE, **options: Any) -> Any:
@@ -54,8 +72,33 @@ def test_the_first_trials_are_those_that_need_no_search(tmp_path: Path) -> None:
     assert all(trial.values == measure(trial.config) for trial in trials)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_starts_are_tried_first_once_and_in_their_order(algorithm: str, tmp_path: Path) -> None:
+    options: Any = {"algorithm": algorithm}
+    given = [STARTS[0], SPACE.smallest(), STARTS[1], STARTS[0]]
+    tried = [trial.config for trial in run(tmp_path / "a", start=given, **options).trials]
+    assert tried[:5] == [*given[:3], SPACE.heuristic(), SPACE.largest()]
+    assert len(set(tried)) == 20
+    few = [trial.config for trial in run(tmp_path / "b", 2, start=given, **options).trials]
+    assert few == given[:2]
+    more = [trial.config for trial in run(tmp_path / "b", start=given, **options).trials]
+    assert more == tried
+
+
+def test_starts_that_come_later_are_tried_next(tmp_path: Path) -> None:
+    before = run(tmp_path / "a", 6)
+    after = run(tmp_path / "a", 10, start=STARTS)
+    assert after.trials[:6] == before.trials
+    assert [trial.config for trial in after.trials[6:]] == STARTS
+
+
 @pytest.mark.parametrize("broken_at", [0, 1, 2, 7, 19])
-def test_a_broken_search_goes_on_to_the_same_trials(broken_at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("n_starts", [0, 4])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_broken_search_goes_on_to_the_same_trials(
+    algorithm: str, n_starts: int, broken_at: int, tmp_path: Path
+) -> None:
+    options = {"algorithm": algorithm, "start": STARTS[:n_starts]}
     calls: list[SubnetConfig] = []
 
     def breaks(config: SubnetConfig) -> dict[str, float]:
@@ -65,17 +108,17 @@ def test_a_broken_search_goes_on_to_the_same_trials(broken_at: int, tmp_path: Pa
         return measure(config)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", objective=breaks)
+        run(tmp_path / "broken", objective=breaks, **options)
     measured: list[SubnetConfig] = []
 
     def counts(config: SubnetConfig) -> dict[str, float]:
         measured.append(config)
         return measure(config)
 
-    resumed = run(tmp_path / "broken", objective=counts)
-    assert resumed == run(tmp_path / "whole")
+    resumed = run(tmp_path / "broken", objective=counts, **options)
+    assert resumed == run(tmp_path / "whole", **options)
     assert len(measured) == 20 - broken_at
-    assert run(tmp_path / "broken", objective=counts) == resumed
+    assert run(tmp_path / "broken", objective=counts, **options) == resumed
     assert len(measured) == 20 - broken_at
 
 
@@ -157,12 +200,181 @@ def test_a_search_that_tried_nothing_has_no_best(tmp_path: Path) -> None:
         result.best()
 
 
+@pytest.mark.parametrize("names", [("b",), ("b", "c"), ("a", "b"), ("c",)])
+def test_the_best_under_limits_is_that_of_brute_force(names: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(len(names))
+    points = rng.integers(12, size=(80, 3)).astype(float)
+    points[::9, 0] = math.nan
+    result = result_of(points)
+    for levels in rng.integers(1, 13, size=(30, len(names))).tolist():
+        limits = dict(zip(names, levels, strict=True))
+        columns = ["abc".index(name) for name in names]
+        fits = [i for i, p in enumerate(points) if all(p[columns] <= levels) and p[0] == p[0]]
+        if fits:
+            assert result.best(limits).number == min(fits, key=lambda i: (*points[i], i))
+        else:
+            with pytest.raises(BadRecipe, match="none of the 71 trials"):
+                result.best(limits)
+
+
+def test_limits_on_what_trials_do_not_hold_are_counted() -> None:
+    result = result_of(np.array([[1, 50], [2, 40], [3, 30]]))
+
+    def costs(config: SubnetConfig) -> dict[str, float]:
+        return {"a": -1.0, "macs": 10.0 * config["d0"], "memory": -config["d0"]}
+
+    assert result.best({"memory": -1}, costs=costs).number == 1
+    assert result.best({"memory": -1, "b": 35}, costs=costs).number == 2
+    assert result.best({"macs": 0}, costs=costs).number == 0
+    assert result.best({"a": 1}, costs=costs).number == 0  # what was measured counts
+    with pytest.raises(
+        BadRecipe, match=r"limit .* 'mac' \(did you mean 'macs'\?\); .* a, macs, me"
+    ):
+        result.best({"mac": 1}, costs=costs)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"b": 29.5}, r"3 trials has b <= 29\.5; the smallest found: b 30\ntry: larger limits"),
+        ({"a": 1, "b": 30}, r"has a <= 1 and b <= 30; the smallest found: a 1, b 30"),
+        ({"c": 1}, r"no limit can be set on 'c'; trials have a, b"),
+        ({"b": math.nan}, "the limit on b must be a number, got nan"),
+    ],
+)
+def test_limits_that_no_trial_keeps_are_answered_with_the_smallest_found(
+    limits: dict[str, float], message: str
+) -> None:
+    with pytest.raises(BadRecipe, match=message):
+        result_of(np.array([[1, 50], [2, 40], [3, 30]])).best(limits)
+
+
+# --- trials that fail -----------------------------------------------------------------------------
+
+
+def half_broken(config: SubnetConfig) -> dict[str, float]:
+    measured = measure(config)
+    wrong = {0: math.nan, 1: math.inf, 2: -math.inf}.get(int(measured["params"]) // 8 % 6)
+    return measured if wrong is None else measured | {"loss": wrong}
+
+
+def test_failed_trials_are_kept_but_rank_last(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "elastune"):
+        result = run(tmp_path / "a", 40, objective=half_broken)
+    failed = [trial for trial in result.trials if not math.isfinite(trial.values["loss"])]
+    kinds = {str(trial.values["loss"]) for trial in failed}
+    assert kinds == {"nan", "inf", "-inf"}
+    assert [trial.failed for trial in result.trials] == [trial in failed for trial in result.trials]
+    valid = [trial for trial in result.trials if not trial.failed]
+    assert result.best() == min(valid, key=lambda trial: trial.values["loss"])
+    assert result.pareto() == SearchResult(tuple(valid)).pareto() != []
+    assert len(caplog.messages) == len(failed)
+    first = failed[0]
+    loss = first.values["loss"]
+    start = f"trial {first.number} failed: loss {loss}, params {first.values['params']} for "
+    assert caplog.messages[0] == start + first.config.short()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_failed_trials_are_read_back_from_the_journal(algorithm: str, tmp_path: Path) -> None:
+    options: Any = {"algorithm": algorithm, "objective": half_broken}
+    whole = run(tmp_path / "whole", 30, **options)
+    run(tmp_path / "a", 11, **options)
+    resumed = run(tmp_path / "a", 30, **options)
+    assert repr(resumed) == repr(whole)  # a NaN equals none
+    assert "NaN" not in (tmp_path / "a").read_text()
+    assert "Infinity" not in (tmp_path / "a").read_text()
+
+
+def test_results_with_failed_trials_are_plain_json(tmp_path: Path) -> None:
+    result = run(tmp_path / "a", 40, objective=half_broken)
+    text = json.dumps(result.to_dict(), allow_nan=False)
+    again = SearchResult.from_dict(json.loads(text))
+    assert [trial.failed for trial in again.trials] == [trial.failed for trial in result.trials]
+    assert again.pareto() == result.pareto()
+    assert again.best() == result.best()
+    assert json.loads(text)["best"] == result.best().number
+    assert again.to_dict() == result.to_dict()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_search_whose_trials_all_fail_ends_with_an_error(value: float, tmp_path: Path) -> None:
+    def broken(config: SubnetConfig) -> dict[str, float]:
+        return {"loss": value, "params": 1.0}
+
+    for trials in (4, 4, 6):  # again from the journal alone
+        match = f"all {trials} sub-networks .* NaN or infinite\ntry: dtype=float32"
+        with pytest.raises(ElastuneError, match=match):
+            run(tmp_path / "a", trials, objective=broken)
+    result = SearchResult(tuple(TrialStore(tmp_path / "a", VALUES).trials()))
+    assert len(result.trials) == 6
+    assert result.to_dict()["best"] is None
+
+
+def test_the_journal_holds_what_earlier_versions_wrote(tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna")
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "a"))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name="elastune",
+        directions=["minimize"] * 2,
+    )
+    study.set_user_attr("values", list(VALUES))
+    whole = run(tmp_path / "whole", 9)
+    for trial in whole.trials[:5]:
+        attrs = {"config": trial.config.to_json()}
+        values = list(trial.values.values())
+        study.add_trial(optuna.trial.create_trial(values=values, user_attrs=attrs))
+    assert run(tmp_path / "a", 9) == whole
+
+
+# --- the objective --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("against", ["params", "nonzero", "macs", "block_macs"])
+def test_the_objective_is_the_loss_against_the_chosen_cost(against: Any) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(tokenizer)
+    space = lora_space(model, [8, 4]) + structure_space(model, ffn=[1.0, 0.5], round_to=8)
+    net = SuperNetwork(model, space)
+    fill_adapters(net)
+    count = CostModel(net, 16)
+    examples = [Example(f"What is {i} + 4?", f" It is {i + 4}.", str(i), str(i)) for i in range(3)]
+    options: Any = {"kind": "loss", "against": against}
+    task = Custom.__new__(Custom)  # a causal-lm task; its data are not looked at
+    objective, values = make_objective(net, tokenizer, task, examples, count, **options)
+    assert values == ("loss", against)
+    for config in (space.smallest(), space.heuristic()):
+        measured = objective(config)
+        assert {name: measured[name] for name in vars(count(config))} == vars(count(config))
+        with net.active(config):
+            assert measured["loss"] == pytest.approx(mean_loss(model, tokenizer, examples).loss)
+    default = make_objective(net, tokenizer, task, examples, count, kind="loss")[1]
+    assert default == ("loss", "params")
+
+
+def test_recipes_offer_every_algorithm_and_costs_that_are_counted_and_drawn() -> None:
+    fields = SearchConfig.model_fields
+    assert set(get_args(fields["algorithm"].annotation)) == set(ALGORITHMS)
+    costs = set(get_args(fields["cost"].annotation))
+    assert costs < set(Cost.__dataclass_fields__)
+    assert costs < set(COSTS)
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
 def test_unknown_algorithms_are_answered_with_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(BadRecipe, match=r"'randon' \(did you mean 'random'\?\); known are"):
         run(tmp_path / "a", algorithm="randon")
+    assert not (tmp_path / "a").exists()
+
+
+def test_starts_outside_of_the_space_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSubnet, match="nearest is 8"):
+        run(tmp_path / "a", start=[SubnetConfig({**SPACE.largest(), "d3": 7})])
     assert not (tmp_path / "a").exists()
 
 
@@ -214,12 +426,3 @@ def test_a_last_line_that_a_kill_cut_short_costs_that_trial_alone(
     path.write_bytes(content[:-n_bytes])
     assert run(path, 9) == run(tmp_path / "whole", 9)
     assert run(path, 9) == run(tmp_path / "whole", 9)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_configuration_that_measures_as_nothing_is_named(value: float, tmp_path: Path) -> None:
-    def broken(config: SubnetConfig) -> dict[str, float]:
-        return {"loss": value, "params": 1.0}
-
-    with pytest.raises(ElastuneError, match=f"loss is {value}"):
-        run(tmp_path / "a", 4, objective=broken)

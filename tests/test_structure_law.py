@@ -44,6 +44,9 @@ KINDS = ("rank", "heads", "ffn", "depth", "all")
 TARGETS = ("q", "k", "v", "o", "up", "gate", "down")
 TOLERANCE = 1e-5
 
+#: Model types whose word embedding is elastic, too: those with one that no output head shares.
+FACTORISED = ("llama", "gpt_neox", "bert", "roberta", "electra", "deberta-v2", "distilbert")
+
 #: Fields for the number of blocks, where they have another name.
 LAYERS = {"mpt": "n_layers", "distilbert": "n_layers"}
 
@@ -59,7 +62,11 @@ class LawCase(NamedTuple):
 
 def law_cases() -> list[LawCase]:
     """Return all cases."""
-    return [LawCase(*pair, kind) for pair in law_models() for kind in KINDS]
+    return [
+        LawCase(*pair, kind)
+        for pair in law_models()
+        for kind in (*KINDS, *(("embedding",) if pair[0] in FACTORISED else ()))
+    ]
 
 
 def law_models() -> list[tuple[str, str]]:
@@ -88,7 +95,7 @@ def law_model(name: str, head: str) -> Any:
 
 
 def law_net(name: str, head: str) -> SuperNetwork:
-    """Build a super-network of three blocks whose ranks, heads, widths and depth are elastic."""
+    """Build a super-network of three blocks of which all is elastic that can be."""
     model = law_model(name, head)
     first = blocks(model)[0]
     space = lora_space(model, [4, 2, 0], targets=TARGETS) + structure_space(
@@ -96,6 +103,7 @@ def law_net(name: str, head: str) -> SuperNetwork:
         heads=[4, 0] if first.fixed_heads else [4, 2, 0],
         ffn=[1.0, 0.5, 0.25, 0],
         depth="all",
+        embedding=[1.0, 0.5, 0.25] if name in FACTORISED else None,
         round_to=4,
     )
     net = SuperNetwork(model, space, alpha=16)
@@ -116,7 +124,7 @@ def law_configs(space: SearchSpace, kind: str) -> list[SubnetConfig]:
         for dim in dims:
             if dim.kind != "depth" or not dim.name.startswith("layers.2."):
                 config[dim.name] = int(rng.choice(dim.choices))
-            if is_first and dim.name.startswith("layers.0."):
+            if is_first and dim.name.startswith(("layers.0.", "embeddings.")):
                 config[dim.name] = dim.choices[-1]
         found.append(SubnetConfig(config))
     return found

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from elastune.elastic.factorised import FactorisedEmbedding
 from elastune.extract import PeftAdapter
 from elastune.models.blocks import Block, BlockShape, blocks
 from elastune.models.per_layer_model import PerLayerModel
@@ -73,6 +74,37 @@ def empty_model(cls: type[PreTrainedModel], config: Any) -> PreTrainedModel:
 def full_block(model: PreTrainedModel) -> Block:
     """Return a block of the sizes that a model's config says of all, whatever its own are."""
     return blocks(empty_model(stock_class(model), stock_config(model)))[0]
+
+
+def factorised_embedding(model: PreTrainedModel) -> FactorisedEmbedding | None:
+    """Return a model's word embedding if it is of low rank."""
+    found = model.get_input_embeddings()
+    return found if isinstance(found, FactorisedEmbedding) else None
+
+
+@torch.no_grad()
+def stock_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's weights under the names of its stock class: factors multiplied out."""
+    state: dict[str, Tensor] = model.state_dict()
+    table = factorised_embedding(model)
+    if table is not None:
+        name = next(n for n, module in model.named_modules() if module is table)
+        state = {n: t for n, t in state.items() if not n.startswith(f"{name}.")}
+        state[f"{name}.weight"] = table.weight.detach()
+    return state
+
+
+def embedding_notes(model: PreTrainedModel) -> tuple[str, ...]:
+    """Say what it costs to save an embedding of low rank as a stock class holds it."""
+    table = factorised_embedding(model)
+    if table is None:
+        return ()
+    rows, width = table.num_embeddings, table.embedding_dim
+    return (
+        f"The embedding of rank {table.rank} is multiplied out: {rows * width:,} weights are "
+        f"stored, {table.rank * (rows + width):,} of which would do. Format hf-hetero keeps the "
+        "factors.",
+    )
 
 
 def with_weights(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elastune.export.base import Exported, Format
+from elastune.export.base import Exported, Format, factorised_embedding
 from elastune.export.verify import auto_class
 from elastune.subnetwork import Subnetwork
 from elastune.version import __version__
@@ -45,7 +45,7 @@ def model_card(
     parts = [
         f"# {folder}",
         f"Cut from {_origin(sub, origin)} with elastune {__version__}: {n_params:,} weights, "
-        f"{len(sub.shapes)} blocks.",
+        f"{len(sub.shapes)} blocks.{_embedding(exported)}",
         f"Format `{format.name}`: loads with {format.loads_with}.",
         f"```python\nimport transformers\n{lines}\n```",
         *exported.notes,
@@ -57,6 +57,13 @@ def model_card(
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _embedding(exported: Exported) -> str:
+    table = factorised_embedding(exported.model)
+    if table is None:
+        return ""
+    return f" Its word embedding has rank {table.rank} of {table.embedding_dim}."
 
 
 def _origin(sub: Subnetwork, origin: str | None) -> str:

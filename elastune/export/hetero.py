@@ -12,6 +12,7 @@ from elastune.export.base import (
     Exported,
     Format,
     empty_model,
+    factorised_embedding,
     full_block,
     stock_class,
     stock_config,
@@ -60,6 +61,9 @@ def _tell_sizes(config: Any, sub: Subnetwork, classes: FamilyClasses) -> None:
         if own:
             found[number] = own
     config.per_layer_config = found
+    table = factorised_embedding(sub.model)
+    if table is not None:
+        config.embedding_rank = table.rank
 
 
 def _own_sizes(shape: BlockShape, full: BlockShape, fields: Any) -> dict[str, Any]:

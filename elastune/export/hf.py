@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from elastune.export.base import (
     Exported,
     Format,
+    embedding_notes,
     empty_model,
     full_block,
     stock_class,
     stock_config,
+    stock_state,
     with_weights,
 )
 from elastune.models.blocks import BlockShape, blocks
@@ -99,7 +101,8 @@ def _make(sub: Subnetwork) -> Exported:
     """Return the model with a config that says its sizes; weights are shared."""
     made, why = uniform_model(sub.model, sub.shapes[0], len(sub.shapes))
     assert made is not None, why
-    return Exported(with_weights(made, sub.model), sub.adapter, sub.shapes)
+    model = with_weights(made, sub.model, stock_state(sub.model))
+    return Exported(model, sub.adapter, sub.shapes, embedding_notes(sub.model))
 
 
 HF = Format("hf", "plain transformers", _why_not, _make)

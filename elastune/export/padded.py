@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastune.errors import UnsupportedModel
-from elastune.export.base import Exported, Format, full_block, with_weights
+from elastune.export.base import (
+    Exported,
+    Format,
+    embedding_notes,
+    full_block,
+    stock_state,
+    with_weights,
+)
 from elastune.export.hf import uniform_model
 from elastune.linears import in_features, is_linear, is_transposed, out_features
 from elastune.models.architecture import type_of
@@ -49,7 +56,7 @@ def envelope(sub: Subnetwork) -> tuple[PreTrainedModel, BlockShape]:
 @torch.no_grad()
 def _make(sub: Subnetwork) -> Exported:
     made, shape = envelope(sub)
-    state = {n: t for n, t in sub.model.state_dict().items() if n in made.state_dict()}
+    state = {n: t for n, t in stock_state(sub.model).items() if n in made.state_dict()}
     adapters = dict(sub.adapter.weights) if sub.adapter is not None else {}
     own_blocks = record_for(type_of(sub.model)).blocks_of(sub.model)
     for block, own, module in zip(blocks(made), sub.shapes, own_blocks, strict=True):
@@ -63,7 +70,8 @@ def _make(sub: Subnetwork) -> Exported:
                 adapters[f"{block.name}.{path}"] = _pad_adapter(found, target, dim, index, factor)
     adapter = None if sub.adapter is None else replace(sub.adapter, weights=adapters)
     model = with_weights(made, sub.model, state)
-    return Exported(model, adapter, [shape] * len(sub.shapes), (_note(sub, model),))
+    notes = (_note(sub, model), *embedding_notes(sub.model))
+    return Exported(model, adapter, [shape] * len(sub.shapes), notes)
 
 
 def _places(block: Block, own: BlockShape) -> Iterator[Weights]:

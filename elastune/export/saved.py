@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from elastune.errors import BadRecipe, nearest
-from elastune.export.base import Format
+from elastune.export.base import Format, factorised_embedding
 from elastune.export.card import model_card
 from elastune.export.formats import FORMATS
 from elastune.export.verify import auto_class, verify
@@ -61,7 +61,8 @@ def save_subnetwork(
         sub: from `elastune.subnetwork.extract_model`.
         tokenizer: saved beside it.
         folder: where to.
-        format: one of `FORMATS`; ``"auto"`` is ``hf`` where that is possible, else ``hf-hetero``.
+        format: one of `FORMATS`; ``"auto"`` is ``hf`` where that is possible and as small as the
+            sub-network, else ``hf-hetero``.
         origin: the name of the model it was cut from, for the README.md.
 
     Raises:
@@ -101,7 +102,8 @@ def save_subnetwork(
 def _choose(sub: Subnetwork, name: str) -> Format:
     """Return the format, having made sure that it can hold the sub-network."""
     if name == "auto":
-        name = "hf" if FORMATS["hf"].why_not(sub) is None else "hf-hetero"
+        is_stock = factorised_embedding(sub.model) is None and FORMATS["hf"].why_not(sub) is None
+        name = "hf" if is_stock else "hf-hetero"
     if name not in FORMATS:
         raise BadRecipe(
             f"unknown format {name!r}{nearest(name, FORMATS)}; known are auto, "

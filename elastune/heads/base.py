@@ -5,15 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elastune.features import Features, Sequences
 from elastune.tasks.base import AnyExample
 
 Outputs = tuple[Any, ...]
 """What a model says at a batch's targets: tensors, or what stands for them (`LazyLogits`)."""
+
+
+class SoftTargets(NamedTuple):
+    """What a teacher says of a batch."""
+
+    outputs: Outputs
+    features: Features | None = None
+    """Its hidden states and projections, where they are learnt from, too."""
 
 
 class Head(ABC):
@@ -26,6 +36,8 @@ class Head(ABC):
     name: str
     pads: bool = True
     """Whether batches are padded to their longest item, so that lengths should be alike."""
+    cacheable: bool = True
+    """Whether the outputs of an item are few enough numbers to be kept on disk (`to_rows`)."""
 
     @abstractmethod
     def encode(
@@ -81,6 +93,22 @@ class Head(ABC):
     @abstractmethod
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         """Return how many targets the loss is summed over, a scalar tensor."""
+
+    def to_rows(self, outputs: Outputs, batch: dict[str, Any]) -> list[Tensor]:
+        """Return the outputs of each item of a batch, a flat tensor each, without padding.
+
+        Only for heads that are `cacheable`.
+        """
+        raise NotImplementedError
+
+    def from_rows(self, rows: Sequence[Tensor], batch: dict[str, Any]) -> Outputs:
+        """Return the outputs for a batch, given `to_rows` of its items, on the batch's device."""
+        raise NotImplementedError
+
+    def sequences(self, batch: dict[str, Any]) -> Sequences:
+        """Return where the sequences of a batch have tokens; each counts as one target."""
+        mask = batch["attention_mask"].bool()
+        return Sequences(mask, torch.ones(len(mask), device=mask.device))
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[None]:

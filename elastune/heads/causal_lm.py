@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.data import IGNORED_LABEL, Encoded, PackedBatch, encode_all, pack
+from elastune.features import Sequences
 from elastune.heads.base import Head, Outputs
 from elastune.losses import (
     completion_logits,
@@ -26,6 +28,7 @@ class CausalLM(Head):
 
     name = "causal-lm"
     pads = False
+    cacheable = False  # a vocabulary of numbers for every token
 
     def encode(
         self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -60,6 +63,16 @@ class CausalLM(Head):
 
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         return (batch["labels"] != IGNORED_LABEL).sum()
+
+    def sequences(self, batch: dict[str, Any]) -> Sequences:
+        """Return the packed sequences one below the other; each counts as its labelled tokens."""
+        labelled = batch["labels"][0] != IGNORED_LABEL
+        starts = batch["starts"].to(labelled.device).long()
+        lengths = starts.diff()
+        mask = torch.arange(int(lengths.max()), device=labelled.device) < lengths[:, None]
+        # Differences of a running count: a sequence may have no tokens.
+        count = torch.nn.functional.pad(labelled.cumsum(0), (1, 0))
+        return Sequences(mask, count[starts[1:]] - count[starts[:-1]])
 
     @contextmanager
     def training(self, model: PreTrainedModel) -> Iterator[None]:

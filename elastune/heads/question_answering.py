@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elastune.decoding import forward_parameters
 from elastune.errors import BadData, BadRecipe
-from elastune.generate import forward_parameters
 from elastune.heads.base import Head, Outputs
 from elastune.losses import distillation_loss
 from elastune.tasks.base import QuestionAnsweringExample
@@ -100,6 +100,21 @@ class QuestionAnswering(Head):
 
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         return torch.tensor(len(batch["labels"]))
+
+    def to_rows(self, outputs: Outputs, batch: dict[str, Any]) -> list[Tensor]:
+        """Return of each window its start logits and then its end logits."""
+        start, end = outputs
+        kept = batch["attention_mask"].bool()
+        pairs = zip(start, end, kept, strict=True)
+        return [torch.cat([s[tokens], e[tokens]]) for s, e, tokens in pairs]
+
+    def from_rows(self, rows: Sequence[Tensor], batch: dict[str, Any]) -> Outputs:
+        ids = batch["input_ids"]
+        padded_logits = torch.full((2, *ids.shape), -torch.inf)
+        for i, row in enumerate(rows):
+            padded_logits[:, i, : len(row) // 2] = row.view(2, -1)
+        start, end = padded_logits.to(ids.device)
+        return start, end
 
 
 def span_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from elastune.decoding import forward_parameters
 from elastune.errors import BadData
 from elastune.heads.base import Head, Outputs
 from elastune.losses import distillation_loss
@@ -53,7 +54,9 @@ class SequenceClassification(Head):
         return {**padded(items), "labels": torch.tensor([item.label for item in items])}
 
     def outputs(self, model: PreTrainedModel, batch: dict[str, Any]) -> Outputs:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        # A teacher of another family may read less, such as no token_type_ids.
+        accepted = forward_parameters(model) - {"labels"}
+        inputs = {key: value for key, value in batch.items() if key in accepted}
         return (model(**inputs).logits.float(),)
 
     def loss_of(self, outputs: Outputs, batch: dict[str, Any]) -> Tensor:
@@ -73,6 +76,12 @@ class SequenceClassification(Head):
 
     def n_targets(self, batch: dict[str, Any]) -> Tensor:
         return torch.tensor(len(batch["labels"]))
+
+    def to_rows(self, outputs: Outputs, batch: dict[str, Any]) -> list[Tensor]:
+        return list(outputs[0])
+
+    def from_rows(self, rows: Sequence[Tensor], batch: dict[str, Any]) -> Outputs:
+        return (torch.stack(list(rows)).to(batch["input_ids"].device),)
 
 
 def encode_texts(

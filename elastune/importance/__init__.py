@@ -1,7 +1,12 @@
-"""How much each weight matters: one criterion, one file."""
+"""How much each weight matters: one criterion, one file.
 
-from elastune.importance.base import InputStatistic, Scores
+Movement pruning trains a model: import it from `elastune.importance.movement`, which loads the
+whole training loop.
+"""
+
+from elastune.importance.base import Importance, InputStatistic, Scores, SharedScores
 from elastune.importance.magnitude import magnitude_scores
+from elastune.importance.saved import load_scores, save_scores
 from elastune.importance.sparsegpt import InputHessian, sparsegpt_prune
 from elastune.importance.structure import (
     STRUCTURE_METHODS,
@@ -10,19 +15,25 @@ from elastune.importance.structure import (
     structure_scores,
     units_from_weights,
 )
+from elastune.importance.taylor import taylor_scores
 from elastune.importance.wanda import InputNorm, wanda_scores
 
 __all__ = [
     "STRUCTURE_METHODS",
+    "Importance",
     "InputHessian",
     "InputNorm",
     "InputStatistic",
     "Scores",
+    "SharedScores",
     "StructureMethod",
     "UnitScores",
+    "load_scores",
     "magnitude_scores",
+    "save_scores",
     "sparsegpt_prune",
     "structure_scores",
+    "taylor_scores",
     "units_from_weights",
     "wanda_scores",
 ]

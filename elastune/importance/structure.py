@@ -16,35 +16,31 @@ Shapes: `N` rows, `L` tokens a row, `U` units of a half, `O` out features, `I` i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from elastune.data import row_batches
-from elastune.decoding import evaluating
 from elastune.errors import BadData, BadRecipe, nearest
 from elastune.heads import Head
 from elastune.importance.base import Scores
+from elastune.importance.passes import Batches, Passes, gradients_of
 from elastune.linears import is_linear, weight_of
-from elastune.losses import head_loss
 from elastune.models.blocks import PARTS, Block, Part, blocks
-from elastune.models.families import architecture
 
 logger = logging.getLogger("elastune")
 
 StructureMethod = Literal["wanda", "taylor", "magnitude"]
 STRUCTURE_METHODS: tuple[StructureMethod, ...] = ("wanda", "taylor", "magnitude")
 
+Tie = Literal["sum", "any"]
+TIES: tuple[Tie, ...] = ("sum", "any")
+
 UnitScores = dict[str, Tensor]
 """``layers.<block>.heads`` or ``layers.<block>.ffn`` -> float32 ``(U,)``; large = keep."""
-
-Batches = Tensor | Iterable[Mapping[str, Any]]
-"""Token ids ``(N, L)``, or batches as a head or the model itself takes them."""
 
 Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
@@ -98,42 +94,49 @@ def structure_scores(
         return _magnitude(model)
     if inputs is None:
         raise BadData(f"{method} needs calibration data", try_="give token ids, or use magnitude")
-    passes = _Passes(model, inputs, head, tokens_per_batch, progress)
+    passes = Passes(model, inputs, head, tokens_per_batch, progress)
     return _wanda(model, passes) if method == "wanda" else _taylor(model, passes)
 
 
-def units_from_weights(model: PreTrainedModel, scores: Scores) -> UnitScores:
-    """Sum scores of single weights over the rows and columns that each unit consists of.
+def units_from_weights(model: PreTrainedModel, scores: Scores, tie: Tie = "sum") -> UnitScores:
+    """Put scores of single weights together to scores of the units that consist of them.
 
     Args:
         model: that the weights belong to.
         scores: name of a weight -> ``(O, I)``, of any criterion. Weights without a score count
             nothing; halves without any score are left out of the result.
+        tie: ``"sum"`` of the scores over a unit's rows and columns; ``"any"``: the largest of
+            them, so that a unit outlives a threshold if any of its weights does (EFTNAS, section
+            3.2). Rows that all units share, such as those of the one key of multi-query attention,
+            tell no units apart: they add the same to every sum, and "any" passes them over.
 
     Raises:
+        BadRecipe: unknown ``tie``.
         BadData: a name that is no weight of a block's projections, or another shape.
     """
+    if tie not in TIES:
+        raise BadRecipe(f"unknown tie {tie!r}{nearest(tie, TIES)}; known are {', '.join(TIES)}")
     found: UnitScores = {}
     used: set[str] = set()
     known = []
     for block in blocks(model):
         for part in PARTS:
-            total = torch.zeros(block.n_units(part))
-            n_used = len(used)
+            name = f"layers.{block.index}.{part}"
             for path, dim, table in unit_indices(block, part):
-                name = f"{block.name}.{path}.weight"
+                weight = f"{block.name}.{path}.weight"
                 module = block.module.get_submodule(path)
-                known.append(name)
-                if name not in scores or not is_linear(module):
+                known.append(weight)
+                if weight not in scores or not is_linear(module):
                     continue
-                used.add(name)
-                given, wanted = tuple(scores[name].shape), tuple(weight_of(module).shape)
+                used.add(weight)
+                given, wanted = tuple(scores[weight].shape), tuple(weight_of(module).shape)
                 if given != wanted:
-                    raise BadData(f"the scores of {name} are {given}, the weight is {wanted}")
-                sums = scores[name].detach().float().cpu().sum(dim=1 - dim)
-                total += sums[table].sum(dim=1)
-            if len(used) > n_used:
-                found[f"layers.{block.index}.{part}"] = total
+                    raise BadData(f"the scores of {weight} are {given}, the weight is {wanted}")
+                own = _tied(scores[weight].detach(), dim, table, tie)
+                if name in found and own is not None:
+                    own = found[name] + own if tie == "sum" else found[name].maximum(own)
+                if own is not None:
+                    found[name] = own
     unknown = [name for name in scores if name not in used]
     if unknown:
         raise BadData(
@@ -141,6 +144,17 @@ def units_from_weights(model: PreTrainedModel, scores: Scores) -> UnitScores:
             f"{nearest(unknown[0], known)}"
         )
     return found
+
+
+def _tied(scores: Tensor, dim: Literal[0, 1], table: Tensor, tie: Tie) -> Tensor | None:
+    """Put one weight's scores together by units, float32 ``(U,)``; None: all units share them."""
+    if tie == "sum":
+        return scores.float().sum(dim=1 - dim).cpu()[table].sum(dim=1)
+    if len(table) > 1:
+        table = table[:, (table != table[0]).any(dim=0)]
+    if table.shape[1] == 0:
+        return None
+    return scores.float().amax(dim=1 - dim).cpu()[table].amax(dim=1)
 
 
 def unit_indices(block: Block, part: Part) -> Iterator[tuple[str, Literal[0, 1], Tensor]]:
@@ -174,8 +188,8 @@ def _magnitude(model: PreTrainedModel) -> UnitScores:
 
 
 @torch.no_grad()
-def _wanda(model: PreTrainedModel, passes: _Passes) -> UnitScores:
-    ends = list(_ends(model))
+def _wanda(model: PreTrainedModel, passes: Passes) -> UnitScores:
+    ends = list(unit_ends(model))
     squares: dict[str, Tensor] = {}
 
     def observer(name: str) -> Hook:
@@ -199,8 +213,8 @@ def _wanda(model: PreTrainedModel, passes: _Passes) -> UnitScores:
     return found
 
 
-def _taylor(model: PreTrainedModel, passes: _Passes) -> UnitScores:
-    ends = list(_ends(model))
+def _taylor(model: PreTrainedModel, passes: Passes) -> UnitScores:
+    ends = list(unit_ends(model))
     # dL/dg of a gate g = 1 on each column is the sum of x dL/dx over the tokens.
     gates = {
         name: torch.ones(table.numel(), device=weight_of(module).device, requires_grad=True)
@@ -214,7 +228,7 @@ def _taylor(model: PreTrainedModel, passes: _Passes) -> UnitScores:
         return multiply
 
     n_targets = 0
-    with _frozen(model), torch.enable_grad(), ExitStack() as stack:
+    with gradients_of(model, ()), torch.enable_grad(), ExitStack() as stack:
         for name, module, _ in ends:
             stack.callback(module.register_forward_pre_hook(gate(name)).remove)
         for batch in passes:
@@ -230,118 +244,10 @@ def _taylor(model: PreTrainedModel, passes: _Passes) -> UnitScores:
     return found
 
 
-def _ends(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def unit_ends(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Yield each half's name, the projection that ends it, and the units' columns ``(U, k)``."""
     for block in blocks(model):
         for part in PARTS:
             ends = [block.record.roles[role] for role in _END_ROLES]
             path, table = next((p, t) for p, _, t in unit_indices(block, part) if p in ends)
             yield f"layers.{block.index}.{part}", block.module.get_submodule(path), table
-
-
-class _Passes:
-    """The batches, and how the model is run on one; iterating has the model in evaluation mode."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        inputs: Batches,
-        head: Head | None,
-        tokens_per_batch: int,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.model = model
-        self.inputs = inputs
-        self.head = head
-        self.tokens_per_batch = tokens_per_batch
-        self.progress = progress
-        self._counted: Tensor | None = None
-        record = architecture(model)
-        self._options = {"use_cache": False} if record.kind == "decoder" else {}
-        self._plain_head = record.plain_head
-        self._is_decoder = record.kind == "decoder"
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        done = 0
-        with evaluating(self.model), ExitStack() as stack:
-            if self.head is not None:
-                stack.enter_context(self.head.training(self.model))
-            for batch in self._batches():
-                mask = batch.get("attention_mask")
-                self._counted = None if mask is None else mask.flatten().bool()
-                yield batch
-                done += 1
-                if self.progress is not None:
-                    self.progress(done)
-        if not done:
-            raise BadData("there are no calibration batches")
-
-    def counted(self, x: Tensor) -> Tensor:
-        """Return the positions ``(tokens, I)`` of the current batch that are no padding."""
-        is_alike = self._counted is not None and len(self._counted) == len(x)
-        return x[self._counted] if is_alike else x
-
-    def forward(self, batch: dict[str, Any]) -> None:
-        """Run the model, head or not."""
-        if isinstance(self.inputs, Tensor):
-            self.model.base_model(**batch, **self._options)
-        elif self.head is not None:
-            self.head.outputs(self.model, batch)
-        else:
-            self.model(**batch, **self._options)
-
-    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, int]:
-        """Return the summed loss of a batch and its targets; 0 where they are not known."""
-        if isinstance(self.inputs, Tensor):
-            return self._next_token_loss(batch["input_ids"])
-        if self.head is not None:
-            return self.head.loss(self.model, batch), int(self.head.n_targets(batch))
-        loss = getattr(self.model(**batch, **self._options), "loss", None)
-        if loss is None:
-            raise BadData(
-                "taylor follows a loss, and the model gave none for these batches",
-                try_="batches with labels, or the task's head; wanda needs neither",
-            )
-        return loss, 0
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        if isinstance(self.inputs, Tensor):
-            if self.inputs.dim() != 2:
-                raise BadData(f"token ids are (rows, tokens), got {tuple(self.inputs.shape)}")
-            for rows in row_batches(self.inputs, self.tokens_per_batch):
-                yield {"input_ids": rows.to(self.model.device)}
-            return
-        for batch in self.inputs:
-            yield {
-                k: v.to(self.model.device) if isinstance(v, Tensor) else v for k, v in batch.items()
-            }
-
-    def _next_token_loss(self, ids: Tensor) -> tuple[Tensor, int]:
-        embeddings = self.model.get_output_embeddings() if self._is_decoder else None
-        if embeddings is None:
-            raise BadData(
-                f"taylor follows a loss, and token ids alone give none for a "
-                f"{type(self.model).__name__}",
-                try_="batches of a task and its head; wanda takes token ids",
-            )
-        labels = ids[:, 1:].flatten()
-        if self._plain_head:
-            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0][:, :-1]
-            hidden = hidden.reshape(-1, hidden.shape[-1])
-            bias = getattr(embeddings, "bias", None)
-            return head_loss(hidden, embeddings.weight, bias, labels), len(labels)  # type: ignore[arg-type]
-        logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        return cross_entropy(logits.flatten(0, 1), labels, reduction="sum"), len(labels)
-
-
-@contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Ask for no gradient of the model's own weights as long as the context lasts."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from elastune.methods.eftnas import eftnas
 from elastune.methods.finetune import finetune
 from elastune.methods.lonas import lonas
 from elastune.methods.shears import shears
 from elastune.run import Run
 
 METHODS: Mapping[str, Callable[[Run], None]] = {
+    "eftnas": eftnas,
     "finetune": finetune,
     "lonas": lonas,
     "shears": shears,
 }
 
-__all__ = ["METHODS", "finetune", "lonas", "shears"]
+__all__ = ["METHODS", "eftnas", "finetune", "lonas", "shears"]

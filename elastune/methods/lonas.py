@@ -12,18 +12,22 @@ steps on the same batches. ``train.update: full`` trains the base, too.
 
 from __future__ import annotations
 
+from elastune.alone import train_alone
 from elastune.choose import allocate_budgets, chosen, extract_chosen, search
 from elastune.measure import measure
 from elastune.methods.baselines import train_baselines
+from elastune.prepare import make_base
 from elastune.run import Run
+from elastune.stages import train_supernet
 
 
 def lonas(run: Run) -> None:
     """Run the whole method; stages that are done are skipped."""
-    run.sparsify()
-    run.train_supernet()
+    make_base(run)
+    train_supernet(run)
     train_baselines(run)
-    search(run)
     allocate_budgets(run)
+    search(run)
+    train_alone(run)
     extract_chosen(run, chosen(run))
     measure(run)

@@ -14,12 +14,13 @@ from elastune.choose import chosen, extract_chosen, search
 from elastune.measure import measure
 from elastune.methods.baselines import train_baselines
 from elastune.run import Run
+from elastune.stages import sparsify, train_supernet
 
 
 def shears(run: Run) -> None:
     """Run the whole method; stages that are done are skipped."""
-    run.sparsify()
-    run.train_supernet()
+    sparsify(run)
+    train_supernet(run)
     train_baselines(run)
     search(run)
     extract_chosen(run, chosen(run))

@@ -10,18 +10,19 @@ from types import ModuleType
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from elastune.elastic import absent, sizes
+from elastune.elastic import absent, factorised, sizes
 from elastune.models import per_layer_config, per_layer_model
 from elastune.models.per_layer_model import Family
 from elastune.version import __version__
 
-_PARTS: tuple[ModuleType, ...] = (absent, sizes, per_layer_config, per_layer_model)
+_PARTS: tuple[ModuleType, ...] = (absent, factorised, sizes, per_layer_config, per_layer_model)
 
 _HEADER = '''"""{stock} with blocks of different sizes, for transformers 5.15 or later.
 
 Written by elastune {version}; it needs transformers and torch alone. ``per_layer_config`` in
 config.json says which sizes a layer has where they are not those of the whole config, and which
-halves it skips. Load it with ``trust_remote_code=True``.
+halves it skips; ``embedding_rank`` is the rank of a factorised word embedding. Load it with
+``trust_remote_code=True``.
 """
 
 from __future__ import annotations

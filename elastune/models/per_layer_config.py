@@ -17,6 +17,7 @@ class PerLayerConfig:
 
     ``per_layer_config`` (transformers 5.15 or later) maps the number of a layer to the sizes that
     are not those of the whole config, and to ``"skip"``: the halves that the layer does not have.
+    ``embedding_rank`` is the rank of the word embedding, where that is factorised.
     """
 
     def __post_init__(self, **options: Any) -> None:
@@ -27,6 +28,7 @@ class PerLayerConfig:
         """Return a copy of the stock class, all layers alike: of the sizes of the whole config."""
         config: Any = copy.deepcopy(self)
         config.per_layer_config = None
+        vars(config).pop("embedding_rank", None)
         stock = config.__class__ = type(self).__bases__[-1]
         # What the stock class says or computes itself is not kept.
         dropped = {"auto_map", "model_type"}

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elastune.elastic.absent import AbsentAttention, AbsentLinear
+from elastune.elastic.factorised import FactorisedEmbedding
 from elastune.elastic.sizes import ConfigView, set_sizes
 
 
@@ -61,6 +62,8 @@ class PerLayerModel:
         super().__init__(config.uniform(), *inputs, **options)  # type: ignore[call-arg]
         model: Any = self
         uniform = model.config
+        if getattr(config, "embedding_rank", None):
+            _factorise(model, config.embedding_rank)
         # What the stock class found out, such as the kind of attention, holds for all layers.
         vars(config).update(vars(uniform))
         views: dict[int | None, Any] = {None: _view(config, uniform, self.family)}
@@ -69,6 +72,17 @@ class PerLayerModel:
             _fit(block, number, layer_sizes(config, number, self.family), self.family)
             views[number] = _view(config, config.per_layer_config[number], self.family)
         _set_configs(model, config, blocks, views)
+
+
+def _factorise(model: Any, rank: int) -> None:
+    """Put a product of low rank in the place of the word embedding."""
+    if model.get_output_embeddings() is not None and model.config.tie_word_embeddings:
+        raise ValueError(f"the output head cannot be tied to an embedding of rank {rank}")
+    table = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is table)
+    rows, width = table.weight.shape
+    made = FactorisedEmbedding(rows, rank, width, table.padding_idx)
+    model.set_submodule(name, made.to(table.weight.dtype))
 
 
 def layer_sizes(config: Any, number: int, family: Family) -> LayerSizes:

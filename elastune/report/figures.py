@@ -13,8 +13,10 @@ from elastune.report.plots import Bar, Line, Mark, bar_chart, line_chart, scatte
 from elastune.report.quantities import common_unit, duration, is_number
 from elastune.report.results import AVERAGE, Column, System, first_columns
 
-COSTS = ("params", "nonzero", "macs", "latency_ms", "decode_latency_ms", "memory_bytes")
+_COUNTED = ("params", "nonzero", "macs", "block_macs")
+COSTS = (*_COUNTED, "latency_ms", "decode_latency_ms", "memory_bytes")
 COST_TITLES = {"nonzero": "non-zeros", "macs": "MACs", "latency_ms": "latency (ms)"}
+COST_TITLES |= {"block_macs": "MACs of the blocks"}
 MOST_POINTS = 600  # of a curve, and
 MOST_TRIALS = 1500  # of a search: more only makes the page heavy
 

@@ -47,6 +47,8 @@ METRIC_FIELDS: dict[str, Any] = {
 }
 TENSOR_FIELDS: dict[str, Any] = {"shape": list, "zeros": int, "sparsity": Number}
 DIM_FIELDS: dict[str, Any] = {"name": str, "kind": str, "choices": list, "modules": list}
+GENERATED_FIELDS: dict[str, Any] = {"points": list, "removed_blocks": list, "made_from": dict}
+POINT_FIELDS: dict[str, Any] = {"target": Number, "cost": Number, "config": dict}
 TRIAL_FIELDS: dict[str, Any] = {"number": int, "config": dict, "values": dict}
 STEP_FIELDS: dict[str, Any] = {"step": int, "loss": Number}
 OTHER_FIELDS: dict[str, Any] = {
@@ -86,6 +88,7 @@ class RunData:
     metrics: dict[str, Any] | None = None
     sparsity: dict[str, Any] | None = None
     space: dict[str, Any] | None = None
+    generated: dict[str, Any] | None = None  # only of runs whose space is made from importance
     search: dict[str, Any] | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     predictions: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
@@ -131,6 +134,7 @@ def load_run(run_dir: Path) -> RunData:
         metrics=parts["metrics.json"],
         sparsity=parts["base/sparsity.json"],
         space=parts["space.json"],
+        generated=_read_generated(run_dir / "generated.json"),
         search=parts["search/trials.json"],
         curves={name: curve for name, curve in curves.items() if curve is not None},
         predictions=predictions,
@@ -242,6 +246,23 @@ def _read_space(path: Path) -> dict[str, Any] | None:
         for number, dim in enumerate(space["dims"]):
             check_fields(dim, DIM_FIELDS, f"{path}, dim {number}")
     return space
+
+
+def _read_generated(path: Path) -> dict[str, Any] | None:
+    made = read_json(path)
+    if made is not None:
+        check_fields(made, GENERATED_FIELDS, str(path))
+        check_fields(made["made_from"], {"full_sizes": dict}, f"{path}, made_from")
+        _check_sizes(made["made_from"]["full_sizes"], f"{path}, full_sizes")
+        _check_sizes(dict(enumerate(made["removed_blocks"])), f"{path}, removed_blocks")
+        for number, point in enumerate(made["points"]):
+            check_fields(point, POINT_FIELDS, f"{path}, point {number}")
+            _check_sizes(point["config"], f"{path}, point {number}, config")
+    return made
+
+
+def _check_sizes(sizes: Mapping[Any, Any], where: str) -> None:
+    check_fields(sizes, dict.fromkeys(sizes, int), where)
 
 
 def _read_search(path: Path) -> dict[str, Any] | None:

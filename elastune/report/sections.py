@@ -8,7 +8,7 @@ from html import escape
 
 import yaml
 
-from elastune.report import figures, maps
+from elastune.report import figures, maps, space_map
 from elastune.report.load import RunData
 from elastune.report.markup import figure_grid, section
 from elastune.report.quantities import one_line
@@ -23,8 +23,8 @@ HEADS = {
 
 
 def search(run: RunData, rows: Sequence[System]) -> str:
-    """Write the search, the sub-networks layer by layer, and what training drew."""
-    drawn = [figures.search_scatter(run), maps.subnet_map(run, rows)]
+    """Write the space where it was generated, the search, and the sub-networks by layer."""
+    drawn = [*space_map.space_figures(run), figures.search_scatter(run), maps.subnet_map(run, rows)]
     return section("Search and sub-networks", figure_grid(drawn))
 
 

@@ -6,17 +6,21 @@ An algorithm is a stateless function of the history: ``propose(space, trials, rn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elastune.errors import ElastuneError
+from elastune.errors import BadRecipe, ElastuneError, nearest
 from elastune.space import SearchSpace, SubnetConfig
 
 Objective = Callable[[SubnetConfig], Mapping[str, float]]
 """Configuration -> named values, all to be minimised; the first is the quality."""
+
+BROKEN_WAY_OUT = "dtype=float32, or training again with a lower learning rate"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Trial:
     number: int
     config: SubnetConfig
     values: Mapping[str, float]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a value is NaN or infinite: such a trial is never best, never on the front."""
+        return not all(map(math.isfinite, self.values.values()))
 
 
 Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator], SubnetConfig]
@@ -37,26 +46,50 @@ class SearchResult:
 
     trials: tuple[Trial, ...]
 
-    def best(self) -> Trial:
+    def best(
+        self,
+        limits: Mapping[str, float] | None = None,
+        *,
+        costs: Objective | None = None,
+    ) -> Trial:
         """Return the trial of the best quality; of equals, the cheapest, then the earliest.
 
+        Args:
+            limits: name of a value -> the most that it may be, such as ``{"params": 2e6}``; in the
+                value's own unit.
+            costs: counts the values that trials do not hold, such as
+                ``lambda config: vars(cost_model(config))``.
+
         Raises:
-            ElastuneError: nothing was tried.
+            ElastuneError: nothing was tried, or all trials failed.
+            BadRecipe: no trial keeps the limits; a limit on an unknown value, or that is NaN.
         """
         if not self.trials:
             raise ElastuneError("the search tried nothing", try_="search.trials of at least 1")
-        return min(self.trials, key=lambda trial: (*trial.values.values(), trial.number))
+        valid = [trial for trial in self.trials if not trial.failed]
+        if not valid:
+            raise ElastuneError(
+                f"all {len(self.trials)} sub-networks that were tried measure as NaN or infinite",
+                try_=BROKEN_WAY_OUT,
+            )
+        if limits:
+            valid = _within(valid, limits, costs)
+        return min(valid, key=_rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data: trials, numbers of the Pareto front, number of the best."""
+        """Return plain data: trials, numbers of the Pareto front, number of the best.
+
+        Values that are NaN or infinite are null, which JSON has.
+        """
+        front = self.pareto()
         return {
             "schema": 1,
             "trials": [
-                {"number": t.number, "config": dict(t.config), "values": dict(t.values)}
+                {"number": t.number, "config": dict(t.config), "values": _or_null(t.values)}
                 for t in self.trials
             ],
-            "pareto": [trial.number for trial in self.pareto()],
-            "best": self.best().number if self.trials else None,
+            "pareto": [trial.number for trial in front],
+            "best": min(front, key=_rank).number if front else None,
         }
 
     @classmethod
@@ -64,7 +97,7 @@ class SearchResult:
         """Read back what `to_dict` returned."""
         return cls(
             tuple(
-                Trial(row["number"], SubnetConfig(row["config"]), row["values"])
+                Trial(row["number"], SubnetConfig(row["config"]), _or_nan(row["values"]))
                 for row in data["trials"]
             )
         )
@@ -72,17 +105,66 @@ class SearchResult:
     def pareto(self) -> list[Trial]:
         """Return the trials that no other is at least as good as in every value, and better in one.
 
-        Of trials with equal values the earliest stays.
+        Of trials with equal values the earliest stays. In the order of their numbers.
         """
-        front: list[Trial] = []
-        for trial in self.trials:
-            if not any(_dominates(other, trial) for other in self.trials):
-                front.append(trial)
-        return front
+        return non_dominated(self.trials)
 
 
-def _dominates(a: Trial, b: Trial) -> bool:
-    mine, theirs = tuple(a.values.values()), tuple(b.values.values())
-    if mine == theirs:
-        return a.number < b.number
-    return all(x <= y for x, y in zip(mine, theirs, strict=True))
+def non_dominated(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the Pareto front of the trials that did not fail, in the order of their numbers."""
+    front: list[tuple[float, ...]] = []
+    kept: list[Trial] = []
+    # In this order whatever dominates a trial comes before it, and is on the front or behind it.
+    for trial in sorted((trial for trial in trials if not trial.failed), key=_rank):
+        values = tuple(trial.values.values())
+        # Of two values the last kept has the least second one, so that it alone can dominate.
+        rivals = front[-1:] if len(values) <= 2 else front
+        if not any(all(map(operator.le, rival, values)) for rival in rivals):
+            front.append(values)
+            kept.append(trial)
+    return sorted(kept, key=lambda trial: trial.number)
+
+
+def first_untried(space: SearchSpace, tried: Collection[SubnetConfig]) -> SubnetConfig | None:
+    """Return which of heuristic, largest and smallest, in this order, is to be tried first."""
+    named = (space.heuristic(), space.largest(), space.smallest())
+    return next((config for config in named if config not in tried), None)
+
+
+def _rank(trial: Trial) -> tuple[float, ...]:
+    return (*trial.values.values(), trial.number)
+
+
+def _within(
+    trials: Sequence[Trial], limits: Mapping[str, float], costs: Objective | None
+) -> list[Trial]:
+    """Return the trials none of whose limited values is above its limit."""
+    tables = [trial.values for trial in trials]
+    if costs is not None and not set(limits) <= set(tables[0]):
+        tables = [{**costs(trial.config), **trial.values} for trial in trials]
+    for name, limit in limits.items():
+        if name not in tables[0]:
+            raise BadRecipe(
+                f"no limit can be set on {name!r}{nearest(name, tables[0])}; "
+                f"trials have {', '.join(tables[0])}"
+            )
+        if math.isnan(limit):
+            raise BadRecipe(f"the limit on {name} must be a number, got {limit}")
+    pairs = zip(trials, tables, strict=True)
+    kept = [trial for trial, table in pairs if all(table[n] <= limits[n] for n in limits)]
+    if not kept:
+        wanted = " and ".join(f"{name} <= {limit:.10g}" for name, limit in limits.items())
+        least = ", ".join(f"{name} {min(t[name] for t in tables):.10g}" for name in limits)
+        raise BadRecipe(
+            f"none of the {len(trials)} trials has {wanted}; the smallest found: {least}",
+            try_="larger limits, more trials, or smaller choices in the search space",
+        )
+    return kept
+
+
+def _or_null(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _or_nan(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in values.items()}

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from elastune.search.base import Trial
+from elastune.search.base import Trial, first_untried
 from elastune.space import SearchSpace, SubnetConfig
 
 
 def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator) -> SubnetConfig:
     """Return heuristic, largest and smallest first, then uniform draws that were not tried yet."""
     tried = {trial.config for trial in trials}
-    for config in (space.heuristic(), space.largest(), space.smallest()):
-        if config not in tried:
-            return config
+    first = first_untried(space, tried)
+    if first is not None:
+        return first
     if 2 * len(tried) >= space.size:  # few are left, and so few in all that they can be listed
         codes = itertools.product(*(range(len(dim.choices)) for dim in space.dims))
         left = [config for config in map(space.decode, codes) if config not in tried]

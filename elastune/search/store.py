@@ -6,20 +6,23 @@ milliseconds, and the journal still opens in Optuna's dashboard.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from elastune.errors import BadArtifact, InvalidSubnet
 from elastune.search.base import Trial
 from elastune.space import SubnetConfig
 
 _STUDY = "elastune"
+_VALUES = "values"  # attribute of failed trials
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
@@ -72,29 +75,44 @@ class TrialStore:
     def trials(self) -> list[Trial]:
         """Return the finished trials, numbered from 0 in the order they were finished in.
 
+        Those that failed are among them.
+
         Raises:
             BadArtifact: a trial that is none of ours.
         """
+        states = (TrialState.COMPLETE, TrialState.FAIL)
         with self._reading():
-            finished = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            finished = self._study.get_trials(deepcopy=False, states=states)
             return [
                 Trial(
                     number,
                     SubnetConfig.from_json(trial.user_attrs["config"]),
-                    dict(zip(self.values, trial.values, strict=True)),
+                    dict(zip(self.values, _values_of(trial), strict=True)),
                 )
                 for number, trial in enumerate(finished)
             ]
 
     def add(self, config: SubnetConfig, values: Mapping[str, float]) -> None:
-        """Record a finished trial."""
+        """Record a finished trial: as failed if a value is NaN or infinite."""
+        ordered = [float(values[name]) for name in self.values]
+        attrs: dict[str, Any] = {"config": config.to_json()}
+        failed = not all(map(math.isfinite, ordered))
+        if failed:
+            # Optuna keeps no values of failed trials, and JSON has no NaN.
+            attrs[_VALUES] = [str(value) for value in ordered]
         self._study.add_trial(
             optuna.trial.create_trial(
-                state=TrialState.COMPLETE,
-                values=[values[name] for name in self.values],
-                user_attrs={"config": config.to_json()},
+                state=TrialState.FAIL if failed else TrialState.COMPLETE,
+                values=None if failed else ordered,
+                user_attrs=attrs,
             )
         )
+
+
+def _values_of(trial: FrozenTrial) -> list[float]:
+    if trial.state == TrialState.FAIL:
+        return [float(value) for value in trial.user_attrs[_VALUES]]
+    return trial.values
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -1,0 +1,65 @@
+"""What a super-network is held against: the sub-networks of its budgets, each trained by itself.
+
+They begin from the same pruned weights and see the same batches, teacher and number of steps. What
+the super-network saves is their training, one for each size; what it may cost is quality.
+"""
+
+from __future__ import annotations
+
+from elastune.choose import budgeted
+from elastune.run import Run
+from elastune.sampling import FixedSampler
+from elastune.space import SearchSpace, SubnetConfig
+from elastune.stages import fit
+from elastune.subnetwork import extract_model
+from elastune.supernet import SuperNetwork
+from elastune.train import load_trained
+from elastune.whole_model import WholeModel
+
+PREFIX = "alone-"
+
+
+def alone(run: Run) -> dict[str, SubnetConfig]:
+    """Return what is trained alone, by the names of its rows; nothing unless the recipe asks."""
+    if "alone" not in run.recipe.baselines:
+        return {}
+    return {f"{PREFIX}{name}": config for name, config in budgeted(run).items()}
+
+
+def alone_inputs(run: Run, config: SubnetConfig) -> str:
+    """Return the hash of what the outcome depends on."""
+    return run.inputs("alone", config.to_json())
+
+
+def train_alone(run: Run) -> None:
+    """Train each of them; those that are done are skipped."""
+    for name, config in alone(run).items():
+        inputs = alone_inputs(run, config)
+        if run.dir.is_done(name, inputs):
+            continue
+        net = _cut(run, config)
+        folder = run.dir.baseline(name)
+        with run.dir.stage(name, inputs, folder):
+            rate = run.train_config.full_learning_rate
+            cfg = run.train_config.model_copy(update={"learning_rate": rate})
+            fit(run, net, FixedSampler(), cfg, folder, name)
+
+
+def load_alone(run: Run, name: str, config: SubnetConfig) -> WholeModel:
+    """Load what `train_alone` trained.
+
+    Raises:
+        BadArtifact: it is missing or damaged.
+    """
+    net = _cut(run, config)
+    load_trained(net, run.dir.baseline(name))
+    return net
+
+
+def _cut(run: Run, config: SubnetConfig) -> WholeModel:
+    """Cut a sub-network out of the base, before any training."""
+    base = run.load_sparse()
+    dims = [dim for dim in run.space_of(base).dims if dim.kind != "rank"]
+    space = SearchSpace(dims)
+    own = SubnetConfig({dim.name: config[dim.name] for dim in dims})
+    return WholeModel(extract_model(SuperNetwork(base, space), own).model)

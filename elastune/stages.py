@@ -1,0 +1,152 @@
+"""The stages that make a run's base, and train its super-network and its baselines.
+
+Every stage is skipped when its inputs did not change since it was done, and goes on where it was
+killed otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from elastune.config import TrainConfig
+from elastune.drop_blocks import drop_blocks_
+from elastune.files import whole_folder, write_json
+from elastune.finetune import save_tuned
+from elastune.importance.ranking import Ranking
+from elastune.importance.structure import structure_scores
+from elastune.inputs import fingerprint
+from elastune.models import write_model
+from elastune.reorder import reorder_
+from elastune.run import Run
+from elastune.sampling import make_sampler
+from elastune.sparsify import sparsify_, sparsity_report
+from elastune.teacher import AnyTeacher, Teacher, cache_teacher
+from elastune.train import Trainee, train
+
+
+def sparsify(run: Run) -> None:
+    """Prune and reorder the base as the recipe says; save it with its account of zeros."""
+    inputs = run.inputs("sparsify")
+    if run.dir.is_done("sparsify", inputs):
+        return
+    cfg = run.recipe.sparsify
+    model = run.load_start()
+    with run.dir.stage("sparsify", inputs, run.dir.base):
+        if run.sparsity.ratio > 0:
+            with run.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar:
+                is_blind = cfg.method == "magnitude"
+                rows = None if is_blind else run.calibration(model, cfg.calibration)
+                sparsify_(model, cfg.method, run.sparsity, rows, progress=bar)
+        _reorder(run, model)
+        report = sparsity_report(model, method=cfg.method, sparsity=run.sparsity)
+        with whole_folder(run.dir.base) as partial:
+            write_model(model, run.tokenizer, partial)
+            write_json(partial / run.dir.sparsity.name, report)
+    if run.sparsity.ratio > 0:
+        share = report["total"]["sparsity"]
+        run.reporter.say(f"{share:.2%} of the blocks' weights are zero")
+
+
+def _reorder(run: Run, model: PreTrainedModel) -> None:
+    """Sort heads and channels, best first; the model computes what it did.
+
+    Blocks that no point of a generated space keeps are then left out.
+    """
+    cfg = run.recipe.structure
+    if cfg is None or cfg.order == "natural":
+        return
+    if cfg.order == "importance":
+        reorder_(model, Ranking.load(run.dir.importance).order)
+        if cfg.generate is not None:
+            drop_blocks_(model, run.generated.removed_blocks)
+        return
+    if cfg.ffn is None and cfg.heads is None:
+        return
+    rows = None if cfg.order == "magnitude" else run.calibration(model, cfg.calibration)
+    run.reporter.say(f"heads and channels are sorted by {cfg.order}, so that the best are kept")
+    reorder_(model, structure_scores(model, rows, method=cfg.order))
+
+
+def train_supernet(run: Run) -> None:
+    """Train the super-network: all its sub-networks at once."""
+    inputs = run.inputs("train")
+    if run.dir.is_done("train", inputs):
+        return
+    model = run.load_sparse()
+    space = run.space_of(model)
+    with run.dir.stage("train", inputs, run.dir.supernet, run.dir.space):
+        write_json(run.dir.space, space.to_dict())
+        cfg = run.recipe.train
+        sampler = make_sampler(
+            cfg.sampler, space, run.train_config.seed or 0, n_random=cfg.n_random
+        )
+        net = run.elastic(model, space)
+        fit(run, net, sampler, run.train_config, run.dir.supernet, "super-network")
+
+
+def train_baseline(run: Run, name: str) -> None:
+    """Train all weights, or a plain LoRA of the largest ranks, for the same steps and batches.
+
+    Args:
+        name: ``dense+full``, ``dense+lora`` or ``sparse+lora``.
+    """
+    inputs = run.inputs(name)
+    if run.dir.is_done(name, inputs):
+        return
+    net, sampler, cfg = run.whole(name)
+    folder = run.dir.baseline(name)
+    with run.dir.stage(name, inputs, folder):
+        fit(run, net, sampler, cfg, folder, name)
+        sparse = str(run.dir.base.resolve())
+        base = sparse if name.startswith("sparse") else net.model.name_or_path
+        save_tuned(net, run.tokenizer, folder, base=base)
+
+
+def fit(run: Run, net: Trainee, sampler: Any, cfg: TrainConfig, folder: Path, title: str) -> None:
+    """Train anything on the training examples, with the recipe's teacher if ``cfg`` asks."""
+    head = run.head
+    items = head.encode(run.splits.train, run.tokenizer, cfg.max_length)
+    teacher = _teacher(run, items, cfg)
+    with run.reporter.bar(f"train {title}", "steps") as bar:
+
+        def show(done: int, total: int, facts: Mapping[str, float]) -> None:
+            note = f"loss {facts['loss']:.3f}" if facts else ""
+            speed = f", {facts['tokens_per_s']:.0f} tokens/s" if facts else ""
+            bar(done, total, note + speed)
+
+        train(
+            net,
+            items,
+            sampler,
+            cfg,
+            folder=folder,
+            head=head,
+            progress=show,
+            teacher=teacher,
+        )
+
+
+def _teacher(run: Run, items: Sequence[Any], cfg: TrainConfig) -> AnyTeacher | None:
+    """Return the outside teacher that ``cfg`` names; what it says is kept where it can be."""
+    name = cfg.distill.teacher
+    if name is None or not cfg.distill.has_outside_teacher:
+        return None
+    if name in run.recipe.baselines:
+        train_baseline(run, name)
+    if cfg.distill.needs_features or not run.head.cacheable:
+        return Teacher(run.load_teacher(name), run.head)
+    identity = run.inputs("teacher")
+    with run.reporter.bar(f"ask the teacher ({name})", "examples") as bar:
+        return cache_teacher(
+            lambda: run.load_teacher(name),
+            items,
+            run.head,
+            run.dir.teacher(fingerprint(identity, cfg.max_length, run.inputs("data"))),
+            identity=identity,
+            batch_tokens=run.recipe.evaluate.batch_tokens,
+            progress=bar,
+        )
