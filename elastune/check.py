@@ -29,6 +29,7 @@ def check(run: Run) -> None:
     space = None if is_generated else net_space(model, run.recipe.adapter, structure)
     check_budgets(run, model, space)
     _check_examples(run)
+    _check_teacher(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
         _check_sparsity(run, model)
 
@@ -87,6 +88,14 @@ def _check_examples(run: Run) -> None:
         f"{len(splits.train)} training, {len(splits.validation)} validation and {report} report "
         "examples; no question in two splits"
     )
+
+
+def _check_teacher(run: Run) -> None:
+    """See that a checkpoint that is to teach is there, and reads the model's own tokens."""
+    distill = run.recipe.train.distill
+    is_checkpoint = distill.has_outside_teacher and distill.teacher not in run.recipe.baselines
+    if is_checkpoint and not run.dir.is_done("train", run.inputs("train")):
+        run.load_teacher(str(distill.teacher))
 
 
 def _check_sparsity(run: Run, model: PreTrainedModel) -> None:

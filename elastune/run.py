@@ -18,7 +18,7 @@ from elastune.artifacts import RunDirectory
 from elastune.calibration_text import calibration_texts
 from elastune.config import CalibrationConfig, Recipe, TaskConfig, TrainConfig
 from elastune.data import Splits, calibration_rows, make_splits
-from elastune.errors import BadArtifact
+from elastune.errors import BadArtifact, BadRecipe
 from elastune.files import read_json
 from elastune.finetune import adapted, adapter_space, net_space, plain
 from elastune.generated import GeneratedSpace
@@ -237,10 +237,21 @@ class Run:
         return HEADS[self._as_loaded["head"]]
 
     def load_teacher(self, name: str) -> PreTrainedModel:
-        """Load a trained baseline, or the checkpoint that a recipe names."""
+        """Load a trained baseline, or the checkpoint that a recipe names.
+
+        Raises:
+            BadRecipe: it reads other tokens than the model that it is to teach.
+        """
         if name in self.recipe.baselines:
             return self.load_baseline(name).model
-        return load_model(name, **self._as_loaded)[0]
+        model, tokenizer = load_model(name, **self._as_loaded)
+        if tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise BadRecipe(
+                f"train.distill.teacher: {name} has another vocabulary than {self.recipe.model}, "
+                "so that it would be asked about other texts",
+                try_="a teacher of the same family",
+            )
+        return model
 
     def load_supernet(self) -> SuperNetwork:
         """Load the trained super-network.

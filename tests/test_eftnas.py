@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,18 @@ def test_a_checkpoint_can_teach(encoder: Path, tmp_path: Path) -> None:
     # The teacher is the model itself: the largest part of the loss is 0 in the first step.
     assert all(map(math.isfinite, losses))
     assert "dense+full" not in rows(out)
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused(encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoder / "model", tmp_path / "teacher")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    recipe = encoder_recipe(encoder, baselines=["dense"], importance={"method": "magnitude"})
+    recipe["train"] = recipe["train"] | {"distill": {"teacher": str(tmp_path / "teacher")}}
+    refused = cli("run", save_recipe(tmp_path / "r.yaml", recipe), "--out", tmp_path / "r", code=2)
+    assert "has another vocabulary than" in " ".join(refused.output.split())
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(

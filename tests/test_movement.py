@@ -21,9 +21,10 @@ from elastune.errors import BadRecipe, UnsupportedModel
 from elastune.heads import SequenceClassification
 from elastune.heads.sequence_classification import EncodedText
 from elastune.importance.base import Importance, SharedScores
-from elastune.importance.movement import MovementPruning, MovementSettings, movement_scores
+from elastune.importance.movement import MovementPruning, MovementSettings
 from elastune.importance.scored_linear import Grid, ScoredLinear
 from elastune.importance.structure import units_from_weights
+from elastune.learn_scores import movement_scores
 from elastune.linears import is_transposed
 from elastune.sampling import FixedSampler
 from elastune.train import ScheduledTrainee, TrainResult, train

@@ -1,11 +1,8 @@
-"""How much each weight matters: one criterion, one file.
-
-Movement pruning trains a model: import it from `elastune.importance.movement`, which loads the
-whole training loop.
-"""
+"""How much each weight matters: one criterion, one file."""
 
 from elastune.importance.base import Importance, InputStatistic, Scores, SharedScores
 from elastune.importance.magnitude import magnitude_scores
+from elastune.importance.movement import MovementPruning, MovementSettings
 from elastune.importance.saved import load_scores, save_scores
 from elastune.importance.sparsegpt import InputHessian, sparsegpt_prune
 from elastune.importance.structure import (
@@ -24,6 +21,8 @@ __all__ = [
     "InputHessian",
     "InputNorm",
     "InputStatistic",
+    "MovementPruning",
+    "MovementSettings",
     "Scores",
     "SharedScores",
     "StructureMethod",

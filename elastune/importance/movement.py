@@ -20,9 +20,8 @@ scored; and scores learn to the end of the training, where it stops at the end o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,7 @@ from transformers import PreTrainedModel
 
 from elastune.config import TrainConfig
 from elastune.errors import BadRecipe, nearest
-from elastune.heads import HEADS, Head
-from elastune.importance.base import Scores, SharedScores
+from elastune.importance.base import SharedScores
 from elastune.importance.scored_linear import (
     STRUCTURE_KINDS,
     ScoredLinear,
@@ -41,11 +39,8 @@ from elastune.importance.scored_linear import (
     remove_scores,
 )
 from elastune.models.families import architecture
-from elastune.sampling import FixedSampler
 from elastune.space import SubnetConfig
 from elastune.state import copy_state
-from elastune.step_log import Progress
-from elastune.train import train
 
 _THRESHOLD = "movement.threshold_start"
 
@@ -252,46 +247,6 @@ class MovementPruning:
         below = weights[order].cumsum(0)
         at = torch.searchsorted(below, int(int(below[-1]) * part) + 1)
         return float(scores[order[min(int(at), len(order) - 1)]])
-
-
-def movement_scores(
-    model: PreTrainedModel,
-    items: Sequence[Any],
-    cfg: TrainConfig,
-    *,
-    folder: Path,
-    head: Head = HEADS["causal-lm"],
-    movement: MovementSettings = MovementSettings(),
-    progress: Progress | None = None,
-) -> Scores:
-    """Fine-tune a model and learn the scores of the weights in its blocks on the way.
-
-    A run that was killed goes on from its last checkpoint in ``folder``.
-
-    Args:
-        model: changed in place: it ends as a plain model with the weights that were trained,
-            none of them masked, in evaluation mode.
-        items: what ``head.encode`` made of the examples.
-        cfg: of the training; its learning rate is that of all weights.
-        folder: gets what `elastune.train.train` leaves.
-        head: reads the items and computes the loss.
-        movement: how scores are learned.
-        progress: called after each step.
-
-    Returns:
-        Name of a weight -> float32 ``(O, I)``; the threshold that they were learned for is 0.
-        Rows and columns with one score are views that take no memory.
-
-    Raises:
-        TrainingDiverged: the loss became NaN or infinite.
-        UnsupportedModel: unknown family, or layers that cannot be masked.
-    """
-    net = MovementPruning(model, movement)
-    try:
-        train(net, items, FixedSampler(), cfg, folder=folder, head=head, progress=progress)
-        return net.scores()
-    finally:
-        net.unwrap()
 
 
 def _kind_of(role: str, settings: MovementSettings) -> StructureKind:
