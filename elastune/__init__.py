@@ -21,17 +21,27 @@ if TYPE_CHECKING:
     from elastune.config import Recipe, TrainConfig, load_recipe
     from elastune.cost import Cost, CostModel, model_cost
     from elastune.data import calibration_rows, encode_all, make_splits
+    from elastune.drop_blocks import drop_blocks_
     from elastune.errors import ElastuneError
     from elastune.evaluate import evaluate, mean_loss
     from elastune.export import Saved, save_subnetwork, snap_to_uniform
     from elastune.extract import PeftAdapter, extract
     from elastune.finetune import finetune
     from elastune.generate import generate
-    from elastune.importance import structure_scores
+    from elastune.generate_space import candidate_space, space_from_importance, space_from_losses
+    from elastune.generated import GeneratedSpace
+    from elastune.importance import (
+        fisher_scores,
+        structure_scores,
+        taylor_scores,
+        units_from_weights,
+    )
     from elastune.latency import Latency, compare_latency, measure_latency, prefill_latency_ms
     from elastune.latency_table import LatencyTable
+    from elastune.learn_scores import movement_scores
     from elastune.models import architecture, load_model, save_model
     from elastune.objective import make_objective
+    from elastune.rank_in_rounds import rank_in_rounds
     from elastune.reorder import reorder_
     from elastune.report import write_report
     from elastune.sampling import ProgressiveSampler, RandomSampler, SandwichSampler
@@ -42,6 +52,7 @@ if TYPE_CHECKING:
     from elastune.subnetwork import Subnetwork, extract_model
     from elastune.supernet import SuperNetwork
     from elastune.tasks import Example, Score, Task, get_task
+    from elastune.teacher import Teacher, cache_teacher
     from elastune.train import load_trained, save_trained, train
 
 _HOMES = {
@@ -51,17 +62,22 @@ _HOMES = {
     "config": ("Recipe", "TrainConfig", "load_recipe"),
     "cost": ("Cost", "CostModel", "model_cost"),
     "data": ("calibration_rows", "encode_all", "make_splits"),
+    "drop_blocks": ("drop_blocks_",),
     "errors": ("ElastuneError",),
     "evaluate": ("evaluate", "mean_loss"),
     "export": ("Saved", "save_subnetwork", "snap_to_uniform"),
     "extract": ("PeftAdapter", "extract"),
     "finetune": ("finetune",),
     "generate": ("generate",),
-    "importance": ("structure_scores",),
+    "generate_space": ("candidate_space", "space_from_importance", "space_from_losses"),
+    "generated": ("GeneratedSpace",),
+    "importance": ("fisher_scores", "structure_scores", "taylor_scores", "units_from_weights"),
     "latency": ("Latency", "compare_latency", "measure_latency", "prefill_latency_ms"),
     "latency_table": ("LatencyTable",),
+    "learn_scores": ("movement_scores",),
     "models": ("architecture", "load_model", "save_model"),
     "objective": ("make_objective",),
+    "rank_in_rounds": ("rank_in_rounds",),
     "reorder": ("reorder_",),
     "report": ("write_report",),
     "sampling": ("ProgressiveSampler", "RandomSampler", "SandwichSampler"),
@@ -72,6 +88,7 @@ _HOMES = {
     "subnetwork": ("Subnetwork", "extract_model"),
     "supernet": ("SuperNetwork",),
     "tasks": ("Example", "Score", "Task", "get_task"),
+    "teacher": ("Teacher", "cache_teacher"),
     "train": ("load_trained", "save_trained", "train"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -82,6 +99,7 @@ __all__ = [
     "ElasticDim",
     "ElastuneError",
     "Example",
+    "GeneratedSpace",
     "Latency",
     "LatencyTable",
     "PeftAdapter",
@@ -98,18 +116,23 @@ __all__ = [
     "Subnetwork",
     "SuperNetwork",
     "Task",
+    "Teacher",
     "TrainConfig",
     "__version__",
     "allocate",
     "architecture",
+    "cache_teacher",
     "calibration_rows",
+    "candidate_space",
     "compare",
     "compare_latency",
+    "drop_blocks_",
     "encode_all",
     "evaluate",
     "extract",
     "extract_model",
     "finetune",
+    "fisher_scores",
     "generate",
     "get_task",
     "load_model",
@@ -121,7 +144,9 @@ __all__ = [
     "mean_loss",
     "measure_latency",
     "model_cost",
+    "movement_scores",
     "prefill_latency_ms",
+    "rank_in_rounds",
     "reorder_",
     "save_model",
     "save_subnetwork",
@@ -129,12 +154,16 @@ __all__ = [
     "search",
     "single_choice_losses",
     "snap_to_uniform",
+    "space_from_importance",
+    "space_from_losses",
     "sparsify_",
     "sparsity_report",
     "structure_scores",
     "structure_space",
+    "taylor_scores",
     "train",
     "uniform_config",
+    "units_from_weights",
     "write_report",
 ]
 

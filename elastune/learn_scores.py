@@ -23,7 +23,7 @@ def movement_scores(
     *,
     folder: Path,
     head: Head = HEADS["causal-lm"],
-    movement: MovementSettings = MovementSettings(),
+    movement: MovementSettings | None = None,
     progress: Progress | None = None,
 ) -> Scores:
     """Fine-tune a model and learn the scores of the weights in its blocks on the way.
@@ -37,7 +37,7 @@ def movement_scores(
         cfg: of the training; its learning rate is that of all weights.
         folder: gets what `elastune.train.train` leaves.
         head: reads the items and computes the loss.
-        movement: how scores are learned.
+        movement: how scores are learned; by default as published.
         progress: called after each step.
 
     Returns:
@@ -48,7 +48,7 @@ def movement_scores(
         TrainingDiverged: the loss became NaN or infinite.
         UnsupportedModel: unknown family, or layers that cannot be masked.
     """
-    net = MovementPruning(model, movement)
+    net = MovementPruning(model, movement or MovementSettings())
     try:
         train(net, items, FixedSampler(), cfg, folder=folder, head=head, progress=progress)
         return net.scores()

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from elastune.allocate import single_choice_losses
-from elastune.block_costs import counted_costs, measured_costs
 from elastune.config import GenerateConfig, ImportanceConfig, StructureConfig
 from elastune.cost import CostModel
 from elastune.files import write_json
 from elastune.generate_space import candidate_space, space_from_importance, space_from_losses
 from elastune.generated import GeneratedSpace
-from elastune.importance.fisher import fisher_scores, scores_in_rounds
 from elastune.importance.movement import MovementPruning, MovementSettings
 from elastune.importance.ranking import Ranking
 from elastune.importance.structure import UnitScores, structure_scores
 from elastune.importance.taylor import taylor_scores
-from elastune.models.blocks import PARTS, blocks
 from elastune.objective import make_objective
+from elastune.rank_in_rounds import rank_in_rounds
 from elastune.reorder import reorder_
 from elastune.run import Run
 from elastune.sampling import FixedSampler
@@ -104,28 +100,15 @@ def _fisher(
     structure = run.recipe.structure
     generate = None if structure is None else structure.generate
     low = 0.2 if generate is None else generate.range[0]
-    unit = "macs" if generate is None else generate.cost
-    tokens = run.recipe.evaluate.macs_length
-    costs = (
-        measured_costs(model, tokens) if unit == "latency" else counted_costs(model, unit, tokens)
-    )
-    n_units = {
-        f"layers.{block.index}.{part}": block.n_units(part)
-        for block in blocks(model)
-        for part in PARTS
-        if block.n_units(part)
-    }
-
-    def score(kept: Mapping[str, Tensor]) -> UnitScores:
-        return fisher_scores(model, batches, head=run.head, kept=kept)
-
     with run.reporter.bar("importance (fisher)", "rounds") as bar:
-        return scores_in_rounds(
-            score,
-            {name: float(costs.saved(name, np.array(0))) / n for name, n in n_units.items()},
-            n_units,
+        return rank_in_rounds(
+            model,
+            batches,
+            head=run.head,
             low=min(low, 0.99),
             rounds=cfg.rounds,
+            cost="macs" if generate is None else generate.cost,
+            tokens=run.recipe.evaluate.macs_length,
             progress=bar,
         )
 

@@ -22,9 +22,9 @@ from elastune.allocate import allocate, uniform_config
 from elastune.build_space import lora_space
 from elastune.build_structure import structure_space
 from elastune.cost import CostModel, model_cost
-from elastune.elastic.embedding import ElasticEmbedding
+from elastune.elastic.embedding import ElasticEmbedding, token_counts
 from elastune.elastic.factorised import FactorisedEmbedding
-from elastune.errors import InvalidSpace, InvalidSubnet
+from elastune.errors import BadData, InvalidSpace, InvalidSubnet
 from elastune.export import save_subnetwork, snap_to_uniform
 from elastune.export.verify import auto_class
 from elastune.extract import extract
@@ -180,6 +180,31 @@ def test_every_rank_is_the_closest_table_of_its_rank(name: str) -> None:
         torch.testing.assert_close(table(ids), best, rtol=0, atol=1e-4)
     table.set_active(table.embedding_dim)
     assert torch.equal(table(ids), full)
+
+
+def test_fitted_to_counts_every_rank_has_the_least_error_over_the_tokens_of_texts() -> None:
+    net = elastic("bert", "base")
+    table = table_of(net)
+    full = table.weight.detach()
+    rows = [[3, 3, 3, 5], [3, 9, 5], [], [60]]
+    counts = token_counts(rows, len(full))
+    assert counts.tolist() == [sum(row.count(i) for row in rows) for i in range(len(full))]
+    table.fit_(counts)
+    # Weighted by counts, the closest table is that of the rows times the root of their weight.
+    root = (counts + 1).sqrt()[:, None]
+    left, values, right = torch.linalg.svd(root * full, full_matrices=False)
+    for rank in (16, 8):
+        table.set_active(rank)
+        best = (left[:, :rank] * values[:rank]) @ right[:rank] / root
+        torch.testing.assert_close(table(torch.arange(len(full))), best, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [torch.ones(63), torch.ones(64, 1), -torch.ones(64)])
+def test_counts_must_be_of_every_token(counts: Tensor) -> None:
+    with pytest.raises(BadData, match="for 64 tokens"):
+        table_of(elastic()).fit_(counts)
+    with pytest.raises(BadData, match="token id 64 is outside"):
+        token_counts([[1, 64]], 64)
 
 
 def test_unwrap_gives_the_stock_embedding_back() -> None:

@@ -68,3 +68,17 @@ def test_the_fine_tuning_example_compares_two_systems(tmp_path: Path) -> None:
     assert full.startswith("full: accuracy 0.")
     assert lora.endswith("(n = 12)")
     assert "95 % interval" in compared
+
+
+@pytest.mark.e2e
+def test_the_generated_space_example_leaves_models_of_the_sizes_asked_for(tmp_path: Path) -> None:
+    small = ["--steps", "1", "--batch-size", "2", "--n-report", "2", "--rounds", "1"]
+    command = [sys.executable, str(EXAMPLES / "eftnas_in_python.py"), *small]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    lines = done.stdout.strip().splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["macs-100", "macs-85", "macs-70"]
+    macs = [float(line.split(" GMACs")[0].split()[-1]) for line in lines]
+    assert [round(m / macs[0], 2) for m in macs] == pytest.approx([1.0, 0.85, 0.7], abs=0.02)
+    assert (tmp_path / "macs-70" / "model.safetensors").exists()

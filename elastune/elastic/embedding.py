@@ -3,13 +3,15 @@
 The product is ``A[:, :r] B[:r]``, with ``A = W Q`` and ``B = Q^T``, ``Q`` the right singular
 vectors of the table ``W``, the strongest first: before any training, every prefix is the closest
 table of its rank (Eckart and Young 1936), and smaller ranks share the factors of larger ones.
+`ElasticEmbedding.fit_` makes it the closest where a task's frequent tokens weigh more; real tables,
+whose singular values fall slowly, need it.
 
 Shapes: `V` tokens in the vocabulary, `D` width, `R` largest rank below `D`, `r` active rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch.nn.functional import embedding
 from transformers import PreTrainedModel
 
 from elastune.elastic.factorised import FactorisedEmbedding
-from elastune.errors import InvalidSpace
+from elastune.errors import BadData, InvalidSpace
 
 
 class ElasticEmbedding(nn.Embedding):
@@ -51,6 +53,29 @@ class ElasticEmbedding(nn.Embedding):
         return rows @ self.factor_b[:rank]
 
     @torch.no_grad()
+    def fit_(self, counts: Tensor) -> None:
+        """Make the factors anew from the table, each token weighing its occurrences plus one.
+
+        Every prefix is then the table of its rank of the least squared error a token of a text, in
+        place of a row of the table. Before training; the table itself stays.
+
+        Args:
+            counts: ``(V,)``, such as `token_counts` of the training texts.
+
+        Raises:
+            BadData: another number of tokens, or a negative count.
+        """
+        if counts.shape != (self.num_embeddings,) or bool((counts < 0).any()):
+            raise BadData(
+                f"counts of shape {tuple(counts.shape)} for {self.num_embeddings} tokens; they "
+                "must be one for each, and not negative",
+                try_="token_counts(ids, len(table.weight)) with the model's own tokenizer",
+            )
+        a, b = _factors(self.weight, self.factor_a.shape[1], counts)
+        self.factor_a.copy_(a)
+        self.factor_b.copy_(b)
+
+    @torch.no_grad()
     def extract(self) -> nn.Embedding | FactorisedEmbedding:
         """Return a module of its own, no weight shared, that computes what is active."""
         rank, (n_tokens, width) = self.active_rank, self.weight.shape
@@ -71,6 +96,28 @@ class ElasticEmbedding(nn.Embedding):
 
 def _copy(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format))
+
+
+def token_counts(rows: Iterable[Sequence[int]], n_tokens: int) -> Tensor:
+    """Count how often each token occurs.
+
+    Args:
+        rows: token ids of the training texts, special tokens included.
+        n_tokens: ``V``.
+
+    Returns:
+        ``(V,)``, int64.
+
+    Raises:
+        BadData: an id that is not below ``V``.
+    """
+    counts = torch.zeros(n_tokens, dtype=torch.int64)
+    for row in rows:
+        found = torch.bincount(torch.as_tensor(row, dtype=torch.int64), minlength=n_tokens)
+        if len(found) > n_tokens:
+            raise BadData(f"token id {len(found) - 1} is outside the model's 0 to {n_tokens - 1}")
+        counts += found
+    return counts
 
 
 def input_embedding(model: PreTrainedModel) -> tuple[str, nn.Embedding]:
@@ -138,11 +185,15 @@ def unmake_factorisable(table: nn.Embedding) -> None:
         table.__class__ = nn.Embedding  # type: ignore[assignment]
 
 
-def _factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _factors(weight: Tensor, rank: int, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``A`` ``(V, R)`` and ``B`` ``(R, D)`` of the largest rank."""
     exact = weight.detach().double()
+    weighed = exact
+    if counts is not None:
+        # One more each: a token that the texts lack must be of use, too.
+        weighed = exact * (counts.to(exact) + 1)[:, None]
     # V is far larger than D: the D x D matrix has the same right singular vectors.
-    _, vectors = torch.linalg.eigh(exact.T @ exact)
+    _, vectors = torch.linalg.eigh(exact.T @ weighed)
     vectors = vectors.flip(1)[:, :rank]
     # Which of the two directions a vector points to is chance; the largest entry is made positive.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))

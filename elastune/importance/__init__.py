@@ -1,6 +1,7 @@
 """How much each weight matters: one criterion, one file."""
 
 from elastune.importance.base import Importance, InputStatistic, Scores, SharedScores
+from elastune.importance.fisher import fisher_scores, scores_in_rounds
 from elastune.importance.magnitude import magnitude_scores
 from elastune.importance.movement import MovementPruning, MovementSettings
 from elastune.importance.saved import load_scores, save_scores
@@ -27,9 +28,11 @@ __all__ = [
     "SharedScores",
     "StructureMethod",
     "UnitScores",
+    "fisher_scores",
     "load_scores",
     "magnitude_scores",
     "save_scores",
+    "scores_in_rounds",
     "sparsegpt_prune",
     "structure_scores",
     "taylor_scores",
