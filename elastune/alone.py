@@ -12,7 +12,6 @@ from elastune.sampling import FixedSampler
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.stages import fit
 from elastune.subnetwork import extract_model
-from elastune.supernet import SuperNetwork
 from elastune.train import load_trained
 from elastune.whole_model import WholeModel
 
@@ -60,6 +59,5 @@ def _cut(run: Run, config: SubnetConfig) -> WholeModel:
     """Cut a sub-network out of the base, before any training."""
     base = run.load_sparse()
     dims = [dim for dim in run.space_of(base).dims if dim.kind != "rank"]
-    space = SearchSpace(dims)
     own = SubnetConfig({dim.name: config[dim.name] for dim in dims})
-    return WholeModel(extract_model(SuperNetwork(base, space), own).model)
+    return WholeModel(extract_model(run.untrained(base, SearchSpace(dims)), own).model)

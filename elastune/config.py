@@ -104,6 +104,8 @@ class Recipe(Section):
     start: Literal["model", "dense+full"] = "model"
     """What the super-network's base begins as: the model as it comes, or all its weights trained
     on the task first."""
+    vocabulary: Literal["whole", "task"] = "whole"
+    """"task": only tokens of the training examples (and single characters) stay, in all systems."""
     sparsify: SparsifyConfig = SparsifyConfig()
     importance: ImportanceConfig | None = None
     """Only of methods that order heads and channels by it, or make the search space from it."""

@@ -114,6 +114,7 @@ def net_space(
             ffn=structure.ffn,
             heads=structure.heads,
             depth=structure.depth,
+            embedding=structure.embedding,
             round_to=structure.round_to,
             shared=structure.shared,
         )

@@ -40,6 +40,8 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     # The task decides the head; a head that the checkpoint lacks is drawn by the seed.
     model = [recipe.model, recipe.dtype, recipe.seed, task, sources.get("model")]
     data: list[Any] = [task, recipe.data, recipe.seed, sources.get("task")]
+    if recipe.vocabulary == "task":
+        model += [recipe.vocabulary, *data]
     plain = [*data, plain_training(recipe)]
     start = [*model, recipe.start, *(plain if recipe.start != "model" else [])]
     base: list[Any] = [*start, recipe.sparsify, recipe.seed, sources.get("calibration")]
@@ -58,7 +60,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         base += [structure.order, structure.calibration, sources.get("order")]
         texts.append(structure.calibration.source)
         cut = [structure.ffn, structure.heads, structure.depth]
-        cut += [structure.round_to, structure.shared]
+        cut += [structure.round_to, structure.shared, structure.embedding]
         if structure.generate is not None:
             base += [structure.generate, structure.round_to, structure.probes, length]
     if "task" in texts:

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.artifacts import RunDirectory
+from elastune.build_structure import structure_space
 from elastune.calibration_text import calibration_texts
 from elastune.config import CalibrationConfig, Recipe, TaskConfig, TrainConfig
 from elastune.data import Splits, calibration_rows, make_splits
+from elastune.elastic.embedding import token_counts
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.files import read_json
 from elastune.finetune import adapted, adapter_space, net_space, plain
@@ -32,6 +34,7 @@ from elastune.sparsify import Sparsity, sparsity_report
 from elastune.supernet import SuperNetwork
 from elastune.tasks import Task, get_task
 from elastune.train import load_trained
+from elastune.vocabulary import trim_vocabulary_
 from elastune.whole_model import WholeModel
 
 
@@ -42,6 +45,7 @@ class Run:
         self.dir = directory
         self.recipe = recipe
         self.reporter = reporter
+        self._kept_tokens: tuple[int, ...] | None = None
 
     # -- inputs of every stage, by hash ----------------------------------------------------
 
@@ -135,12 +139,32 @@ class Run:
         model, tokenizer = load_model(
             self.recipe.model, trust_remote_code=self.recipe.trust_remote_code, **self._as_loaded
         )
+        if self.recipe.vocabulary == "task":
+            tokenizer = self._trimmed(model, tokenizer)
         self.__dict__.setdefault("tokenizer", tokenizer)
         labels = getattr(self.task_of(self.recipe.task), "labels", None)
         if labels:
             model.config.id2label = dict(enumerate(labels))
             model.config.label2id = {label: i for i, label in enumerate(labels)}
         return model, tokenizer
+
+    def _trimmed(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> PreTrainedTokenizerBase:
+        """Leave the model, in place, the tokens of the training examples; return its tokenizer."""
+        if "splits" not in self.__dict__:  # prompts may be worded by the whole tokenizer
+            self.__dict__["tokenizer"] = tokenizer
+            _ = self.splits
+            del self.__dict__["tokenizer"]
+        texts = [example.plain_text for example in self.splits.train]
+        _, smaller, found = trim_vocabulary_(model, tokenizer, texts)
+        if self._kept_tokens is None:
+            self.reporter.say(
+                f"vocabulary: {found.rows_after:,} of {found.rows_before:,} tokens stay, "
+                f"{found.params_removed:,} weights fewer"
+            )
+        self._kept_tokens = found.kept
+        return smaller
 
     @cached_property
     def _as_loaded(self) -> dict[str, Any]:
@@ -189,6 +213,8 @@ class Run:
         if structure is None or structure.generate is None:
             return net_space(model, self.recipe.adapter, structure)
         cuts = self.generated.space
+        if structure.embedding is not None:
+            cuts += structure_space(model, embedding=structure.embedding)
         ranks = self.recipe.adapter.ranks
         return adapter_space(model, self.recipe.adapter) + cuts if ranks else cuts
 
@@ -219,6 +245,14 @@ class Run:
         head = self._as_loaded["head"]
         return plain(model, head, cfg, update, self.recipe.adapter)  # type: ignore[arg-type]
 
+    def untrained(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
+        """Make a base elastic; a word embedding of less rank serves the training tokens best."""
+        net = self.elastic(model, space)
+        if net.embedding is not None:
+            ids = self.tokenizer([example.plain_text for example in self.splits.train])["input_ids"]
+            net.embedding.fit_(token_counts(ids, net.embedding.num_embeddings))
+        return net
+
     def elastic(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
         """Make a model elastic as the recipe says."""
         seed = self.train_config.seed or 0
@@ -245,6 +279,8 @@ class Run:
         if name in self.recipe.baselines:
             return self.load_baseline(name).model
         model, tokenizer = load_model(name, **self._as_loaded)
+        if self.recipe.vocabulary == "task":
+            tokenizer = self._trimmed(model, tokenizer)
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():
             raise BadRecipe(
                 f"train.distill.teacher: {name} has another vocabulary than {self.recipe.model}, "

@@ -304,6 +304,8 @@ class StructureConfig(Section):
     """Choices of query heads, likewise; key/value groups go whole."""
     depth: Literal["all"] | list[int] | None = None
     """Numbers of the blocks that may be left out whole, or "all"."""
+    embedding: list[float] | None = None
+    """Choices of the rank of the word embedding, as parts of its width (docs/embeddings.md)."""
     round_to: int = Field(64, ge=1)
     """Parts of a width are rounded to multiples of this."""
     shared: bool = False
@@ -333,7 +335,7 @@ class StructureConfig(Section):
     def _something_is_elastic(self) -> StructureConfig:
         by_hand = [n for n in ("ffn", "heads", "depth") if getattr(self, n) is not None]
         if self.generate is None:
-            if not by_hand:
+            if not by_hand and self.embedding is None:
                 raise ValueError("nothing is elastic: give ffn, heads or depth, or generate")
             if "points" in self.allocation:
                 raise ValueError("allocation: points are those of a generated space; give generate")

@@ -84,7 +84,7 @@ def train_supernet(run: Run) -> None:
         sampler = make_sampler(
             cfg.sampler, space, run.train_config.seed or 0, n_random=cfg.n_random
         )
-        net = run.elastic(model, space)
+        net = run.untrained(model, space)
         fit(run, net, sampler, run.train_config, run.dir.supernet, "super-network")
 
 

@@ -219,6 +219,39 @@ def test_encoders_of_any_importance_leave_smaller_classifiers(
     assert sum(p.numel() for p in model.parameters()) == found["smallest"]["params"]
 
 
+def test_embeddings_of_fewer_tokens_and_less_rank_leave_smaller_models(
+    encoder: Path, tmp_path: Path
+) -> None:
+    recipe = encoder_recipe(
+        encoder,
+        vocabulary="task",
+        start="dense+full",
+        importance={"method": "magnitude"},
+        structure=STRUCTURE | {"embedding": [1.0, 0.5]},
+        baselines=["dense+full", "alone"],
+    )
+    out = tmp_path / "run"
+    cli("run", save_recipe(tmp_path / "r.yaml", recipe), "--out", out)
+    found = rows(out)
+    space = SearchSpace.from_dict(read_json(out / "space.json"))
+    assert [d.choices for d in space.dims if d.kind == "embedding"] == [(32, 16)]
+    whole = load_model(encoder / "model", head="sequence-classification", num_labels=2)[0]
+    n_tokens = whole.config.vocab_size
+    model, tokenizer = load_model(
+        out / "subnets/smallest", head="sequence-classification", num_labels=2
+    )
+    assert len(tokenizer) < n_tokens
+    assert sum(p.numel() for p in model.parameters()) == found["smallest"]["params"]
+    assert found["alone-points-40"]["params"] == found["points-40"]["params"]
+    # What is reported is what the saved folder says of the same sentences.
+    lines = (out / "predictions" / "smallest.train.jsonl.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        inputs = tokenizer(record["text"], return_tensors="pt")
+        with torch.no_grad():
+            label = int(model(**inputs).logits.argmax())
+        assert label == record["prediction"]
+
+
 def test_a_checkpoint_can_teach(encoder: Path, tmp_path: Path) -> None:
     teacher = AutoModelForSequenceClassification.from_pretrained(encoder / "model")
     teacher.save_pretrained(tmp_path / "teacher")

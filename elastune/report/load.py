@@ -92,7 +92,7 @@ class RunData:
     search: dict[str, Any] | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     predictions: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
-    subnets: dict[str, str] = field(default_factory=dict)  # name -> "peft" or "model"
+    subnets: dict[str, str] = field(default_factory=dict)  # name -> peft, model or own-code
     architecture: str | None = None  # of base/: a class name such as LlamaForCausalLM
     missing: tuple[str, ...] = ()
 
@@ -314,7 +314,9 @@ def _find_subnets(folder: Path) -> dict[str, str]:
         if (path / "adapter_config.json").is_file():
             found[path.name] = "peft"
         elif (path / "config.json").is_file():
-            found[path.name] = "model"
+            # Blocks of several sizes come with the code that builds them.
+            is_stock = "auto_map" not in (read_text(path / "config.json") or "")
+            found[path.name] = "model" if is_stock else "own-code"
     return found
 
 

@@ -139,7 +139,7 @@ def _range(shares: Sequence[float]) -> str:
 
 def sparsity_map(run: RunData) -> Figure | None:
     """Draw the sparsity of every weight of the base: roles by layers."""
-    if not run.sparsity or not run.sparsity["tensors"]:
+    if not run.sparsity or not run.sparsity["tensors"] or not run.sparsity["total"]["sparsity"]:
         return None
     tensors = run.sparsity["tensors"]
     roles, layers, found = grid(tensors)

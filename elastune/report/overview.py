@@ -51,7 +51,9 @@ def _facts(run: RunData) -> Iterable[tuple[str, str]]:
         yield "task", trained
     else:
         yield from ((k, v) for k, v in (("trained on", trained), ("scored on", scored)) if v)
-    if run.sparsity:
+    if run.sparsity and not run.sparsity["total"]["sparsity"]:
+        pass  # nothing to tell of a dense base
+    elif run.sparsity:
         share = f"{100 * run.sparsity['total']['sparsity']:.1f} %"
         how = [run.sparsity.get("method"), run.sparsity.get("pattern") or "unstructured"]
         yield "sparsity of the base", f"{share} ({', '.join(str(h) for h in how if h)})"
@@ -186,8 +188,8 @@ def _verdicts(run: RunData, rows: Sequence[System]) -> str:
         if all(row.baseline for row in rows):
             return ""
         return (
-            '<p class="note">No baseline with plain LoRA on these tasks: whether the search for '
-            "ranks helps cannot be told from this run.</p>"
+            '<p class="note">No trained baseline on these tasks: what the search gains or loses '
+            "cannot be told from this run.</p>"
         )
     names = list(dict.fromkeys(verdict.reference for verdict in found))
     tables = (_verdict_table([v for v in found if v.reference == name]) for name in names)

@@ -60,9 +60,10 @@ def loading(run: RunData) -> str:
             f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
         )
     else:
+        own_code = ", trust_remote_code=True" if run.subnets[name] == "own-code" else ""
         code = (
-            f"{imports}model = {auto}.from_pretrained({folder})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({folder})\n"
+            f"{imports}model = {auto}.from_pretrained({folder}{own_code})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({folder}{own_code})\n"
         )
     others = [other for other in run.subnets if other != name]
     note = f"Also extracted: {', '.join(others)}." if others else ""
