@@ -15,9 +15,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from elastune.config import BASELINES, Recipe, TaskConfig, TrainConfig
+from elastune.tasks import TASKS
 
 _CHUNK = 1 << 16
 _CHUNKS = 64
+_NO_PATHS = {*TASKS, "task", "c4"}
+"""Names that are never looked for where one happens to be."""
 
 
 def fingerprint(*parts: Any) -> str:
@@ -147,7 +150,8 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
     """Return the file or folder that a model, task or text is read from, if it is local."""
     # Names of tasks may hold the path after a colon: "classification:train.csv".
     spellings = [text for text in (name, name.partition(":")[2]) if text]
-    places = [Path(text).expanduser() for text in spellings]
+    # A run called like its task would otherwise depend on its own folder.
+    places = [] if name in _NO_PATHS else [Path(text).expanduser() for text in spellings]
     places += [data_dir / text for text in spellings if data_dir]
     return next((path for path in places if path.exists()), None)
 

@@ -352,3 +352,15 @@ def test_prediction_files_stay_in_their_folder(run: RunDirectory, task: str) -> 
 def test_the_recipe_in_the_folder_is_plain_yaml(run: RunDirectory) -> None:
     run.keep_recipe()
     assert yaml.safe_load(run.recipe_file.read_text())["model"] == "m"
+
+
+def test_a_run_called_like_its_task_does_not_depend_on_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = make_recipe({"model": "m", "task": "sst2"}, "recipe")
+    before = source_hashes(recipe, {})
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "space.json").write_text("{}")
+    (tmp_path / "c4").write_text("text")
+    assert source_hashes(recipe, {}) == before
