@@ -141,7 +141,7 @@ def _teacher(run: Run, items: Sequence[Any], cfg: TrainConfig) -> AnyTeacher | N
         return Teacher(run.load_teacher(name), run.head)
     identity = run.inputs("teacher")
     with run.reporter.bar(f"ask the teacher ({name})", "examples") as bar:
-        return cache_teacher(
+        teacher = cache_teacher(
             lambda: run.load_teacher(name),
             items,
             run.head,
@@ -150,3 +150,5 @@ def _teacher(run: Run, items: Sequence[Any], cfg: TrainConfig) -> AnyTeacher | N
             batch_tokens=run.recipe.evaluate.batch_tokens,
             progress=bar,
         )
+        bar(len(items), len(items))  # nothing is asked twice
+    return teacher
