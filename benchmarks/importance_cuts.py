@@ -12,6 +12,7 @@ fine-tuned encoder is calibrated on training examples and scored on examples cut
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -57,12 +58,10 @@ def main() -> None:
         seconds = time.monotonic() - started
         et.reorder_(model, scores)
         for per_cost in (False, True) if "rounds" not in method else (False,):
-            found = [
-                _threshold(model, scores, part, per_cost, measure, args) for part in args.parts
-            ]
+            found = [_threshold(model, scores, part, per_cost, measure) for part in args.parts]
             rows.append((method, "per cost" if per_cost else "threshold", found, seconds))
             print(rows[-1], flush=True)
-        rows.append((method, "equal widths", _equal(model, args.parts, measure, args), seconds))
+        rows.append((method, "equal widths", _equal(model, args.parts, measure), seconds))
         print(rows[-1], flush=True)
         model.load_state_dict(whole)
     _show(rows, name, dense, args, console)
@@ -147,7 +146,6 @@ def _threshold(
     part: float,
     per_cost: bool,
     measure: Measure,
-    args: argparse.Namespace,
 ) -> float | None:
     """Cut a sorted model by one threshold; None where no threshold gives the size."""
     ordered = {name: score.sort(descending=True).values for name, score in scores.items()}
@@ -155,16 +153,17 @@ def _threshold(
         made = et.space_from_importance(model, ordered, points=[part], per_cost=per_cost)
     except InvalidSpace:
         return None
-    net = et.SuperNetwork(model, made.space)
+    cut = model
+    if made.removed_blocks:
+        cut = et.drop_blocks_(copy.deepcopy(model), made.removed_blocks)
+    net = et.SuperNetwork(cut, made.space)
     with net.active(made.points[0].config):
-        found = measure(model) if not made.removed_blocks else None
+        found = measure(cut)
     net.unwrap()
     return found
 
 
-def _equal(
-    model: Any, parts: list[float], measure: Measure, args: argparse.Namespace
-) -> list[float | None]:
+def _equal(model: Any, parts: list[float], measure: Measure) -> list[float | None]:
     """Cut the same part of all halves of all blocks."""
     dims = [
         ElasticDim(
