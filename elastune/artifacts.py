@@ -40,6 +40,7 @@ class RunDirectory:
         self.importance = root / "importance.safetensors"
         self.movement = root / "movement"
         self.generated = root / "generated.json"
+        self.generated_choices = root / "generated_choices.jsonl"
         self.space = root / "space.json"
         self.supernet = root / "supernet"
         self.search = root / "search"

@@ -221,7 +221,8 @@ def _best_within(run: Run, result: SearchResult) -> dict[str, SubnetConfig]:
     found = {}
     for budget in structure.budgets:
         limit = budget * full * (1 + structure.budget_slack)
-        if any(trial.values["block_macs"] <= limit for trial in result.trials):
+        fitting = (t for t in result.trials if t.values["block_macs"] <= limit)
+        if not all(trial.failed for trial in fitting):
             found[_named("best", budget)] = result.best({"block_macs": limit}).config
     return found
 

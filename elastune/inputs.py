@@ -55,7 +55,9 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     length = recipe.evaluate.macs_length
     scored: list[Any] = []
     if recipe.importance is not None:
-        scored = [*start, *data, recipe.importance]
+        generate = structure and structure.generate
+        reach = [generate.range[0], generate.cost] if generate else []
+        scored = [*start, *data, recipe.importance, recipe.train.max_length, length, reach]
         if recipe.importance.method == "movement":
             scored += [recipe.train, sources.get("teacher")]
         base += scored

@@ -146,8 +146,10 @@ def generate_space(run: Run) -> None:
         return
     ranking = Ranking.load(run.dir.importance)
     model = run.load_start()
-    with run.dir.stage("generate", inputs, run.dir.generated):
-        if structure.generate.by == "importance":
+    by_threshold = structure.generate.by == "importance"
+    outputs = [run.dir.generated] + ([] if by_threshold else [run.dir.generated_choices])
+    with run.dir.stage("generate", inputs, *outputs):
+        if by_threshold:
             found = _by_threshold(run, model, ranking, structure, structure.generate)
         else:
             reorder_(model, ranking.order)
@@ -199,14 +201,17 @@ def _by_knapsack(
     )
     with run.reporter.bar("single choices", "choices") as bar:
         losses = single_choice_losses(
-            lambda config: objective(config)[values[0]], candidates, progress=bar
+            lambda config: objective(config)[values[0]],
+            candidates,
+            path=run.dir.generated_choices,
+            progress=bar,
         )
-    largest = count(candidates.largest())
-    outside = {"macs": 0, "params": largest.params - _params_of_blocks(net)}
+    in_blocks = sum(p.numel() for block in net.blocks for p in block.module.parameters())
+    outside = count(candidates.largest()).params - in_blocks
 
     def cost(config: SubnetConfig) -> float:
         found = count(config)
-        return float(found.block_macs if cfg.cost == "macs" else found.params - outside["params"])
+        return float(found.block_macs if cfg.cost == "macs" else found.params - outside)
 
     return space_from_losses(
         candidates,
@@ -218,7 +223,3 @@ def _by_knapsack(
         tolerance=cfg.tolerance,
         unit=cfg.cost,
     )
-
-
-def _params_of_blocks(net: SuperNetwork) -> int:
-    return sum(p.numel() for block in net.blocks for p in block.module.parameters())

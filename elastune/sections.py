@@ -277,6 +277,8 @@ class GenerateConfig(Section):
     def _is_a_range(self) -> GenerateConfig:
         if self.low > self.high:
             raise ValueError(f"low {self.low} is above high {self.high}")
+        if self.by == "knapsack" and self.cost == "latency":
+            raise ValueError("by: knapsack counts macs or params; latency is of by: importance")
         if self.points in (0, []) or (isinstance(self.points, int) and self.points < 1):
             raise ValueError(
                 "points is a number of at least 1, or a list of parts such as [1, 0.5]"

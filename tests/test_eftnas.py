@@ -289,6 +289,7 @@ def test_a_teacher_that_reads_other_tokens_is_refused(encoder: Path, tmp_path: P
         ({"structure": STRUCTURE | {"order": "wanda"}}, "order must be importance"),
         ({"structure": {"ffn": [1.0, 0.5], "budgets": [0.5], "allocation": "points"}}, "generate"),
         ({"structure": {"generate": {"low": 0.5, "high": 0.2}}}, "low 0.5 is above high 0.2"),
+        ({"structure": {"generate": {"by": "knapsack", "cost": "latency"}}}, "by: importance"),
         ({"structure": {"generate": {"points": 0}}}, "points is a number of at least 1"),
         ({"structure": {}}, "nothing is elastic"),
         ({"baselines": ["dense+full", "alone"], "structure": {"ffn": [1.0, 0.5]}}, "alone"),
