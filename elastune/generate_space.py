@@ -30,7 +30,8 @@ from elastune.build_structure import structure_space
 from elastune.errors import BadData, BadRecipe, InvalidSpace, nearest
 from elastune.generated import Candidate, GeneratedSpace, generated, spaced_targets, within
 from elastune.latency_table import LatencyTable
-from elastune.models.blocks import PARTS, Block, Part, blocks
+from elastune.models.blocks import Block, blocks
+from elastune.reorder import halves_of, scored_half
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.structure import full_size
 from elastune.threshold import CutRules, ThresholdCuts
@@ -224,18 +225,8 @@ def _check_options(tolerance: float, tokens: int, round_to: int, discard: float)
 
 def _unit_scores(name: str, score: Tensor, found: Sequence[Block]) -> np.ndarray:
     """Return the checked scores of what is cut alone, float64; none where a half is absent."""
-    halves: dict[str, tuple[Block, Part]] = {
-        f"layers.{block.index}.{part}": (block, part) for block in found for part in PARTS
-    }
-    if name not in halves:
-        raise BadData(
-            f"there are scores for {name!r}, which the model does not have{nearest(name, halves)}",
-            try_="names such as 'layers.0.heads' and 'layers.0.ffn'",
-        )
-    block, part = halves[name]
+    block, part = scored_half(name, score, halves_of(found))
     n = block.n_units(part)
-    if tuple(score.shape) != (n,):
-        raise BadData(f"{name}: scores of shape {tuple(score.shape)} for {n} units")
     values: np.ndarray = score.detach().double().cpu().numpy()
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())

@@ -8,7 +8,7 @@ Shapes: `U` units of a half of a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -18,6 +18,14 @@ from elastune.elastic.linear import can_slice
 from elastune.errors import BadData, UnsupportedModel, nearest
 from elastune.linears import is_transposed
 from elastune.models.blocks import PARTS, Block, Part, blocks
+
+Halves = Mapping[str, tuple[Block, Part]]
+"""``layers.<block>.heads|ffn`` -> the block and which half of it."""
+
+
+def halves_of(found: Iterable[Block]) -> Halves:
+    """Return the halves of blocks by name."""
+    return {f"layers.{block.index}.{part}": (block, part) for block in found for part in PARTS}
 
 
 @torch.no_grad()
@@ -41,9 +49,7 @@ def reorder_(model: PreTrainedModel, scores: Mapping[str, Tensor]) -> dict[str, 
             model is then as it was.
         UnsupportedModel: unknown family, or weights that cannot be moved (quantised, adapters).
     """
-    halves: dict[str, tuple[Block, Part]] = {
-        f"layers.{block.index}.{part}": (block, part) for block in blocks(model) for part in PARTS
-    }
+    halves = halves_of(blocks(model))
     orders = {name: _order(name, score, halves) for name, score in scores.items()}
     moved = {}
     for name, order in orders.items():  # before the first weight is moved
@@ -57,7 +63,19 @@ def reorder_(model: PreTrainedModel, scores: Mapping[str, Tensor]) -> dict[str, 
     return moved
 
 
-def _order(name: str, score: Tensor, halves: Mapping[str, tuple[Block, Part]]) -> Tensor:
+def _order(name: str, score: Tensor, halves: Halves) -> Tensor:
+    scored_half(name, score, halves)
+    if bool(score.isnan().any()):
+        raise BadData(f"{name}: {int(score.isnan().sum())} of {len(score)} scores are not a number")
+    return score.detach().cpu().argsort(descending=True, stable=True)
+
+
+def scored_half(name: str, score: Tensor, halves: Halves) -> tuple[Block, Part]:
+    """Return the half that scores are of.
+
+    Raises:
+        BadData: the model has no such half, or one of another number of units.
+    """
     if name not in halves:
         raise BadData(
             f"there are scores for {name!r}, which the model does not have{nearest(name, halves)}",
@@ -67,9 +85,7 @@ def _order(name: str, score: Tensor, halves: Mapping[str, tuple[Block, Part]]) -
     n = block.n_units(part)
     if tuple(score.shape) != (n,):
         raise BadData(f"{name}: scores of shape {tuple(score.shape)} for {n} units")
-    if bool(score.isnan().any()):
-        raise BadData(f"{name}: {int(score.isnan().sum())} of {n} scores are not a number")
-    return score.detach().cpu().argsort(descending=True, stable=True)
+    return block, part
 
 
 def _check(block: Block, part: Part) -> None:
