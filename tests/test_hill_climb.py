@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from pymoo.indicators.hv import HV
 
-from elastune.search import ALGORITHMS, Trial
+from elastune.search import ALGORITHMS, Known, Trial
 from elastune.search.base import non_dominated
 from elastune.search.hill_climb import _convex_part
 from elastune.space import ElasticDim, SearchSpace, SubnetConfig
@@ -53,7 +53,7 @@ def climb(
     trials = list(history)
     while len(trials) < n:
         rng = np.random.default_rng((seed, len(trials)))
-        config = ALGORITHMS[algorithm](space, trials, rng)
+        config = ALGORITHMS[algorithm](space, trials, rng, Known(("loss", "params")))
         trials.append(Trial(len(trials), config, measure(config)))
     return trials
 

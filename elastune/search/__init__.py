@@ -10,7 +10,7 @@ import numpy as np
 
 from elastune.errors import BadArtifact, BadRecipe, nearest
 from elastune.search import hill_climb, random_search
-from elastune.search.base import Objective, Propose, SearchResult, Trial
+from elastune.search.base import Known, Measurement, Objective, Propose, SearchResult, Trial
 from elastune.space import SearchSpace, SubnetConfig
 
 ALGORITHMS: Mapping[str, Propose] = {
@@ -18,7 +18,16 @@ ALGORITHMS: Mapping[str, Propose] = {
     "hill_climb": hill_climb.propose,
 }
 
-__all__ = ["ALGORITHMS", "Objective", "Propose", "SearchResult", "Trial", "search"]
+__all__ = [
+    "ALGORITHMS",
+    "Known",
+    "Measurement",
+    "Objective",
+    "Propose",
+    "SearchResult",
+    "Trial",
+    "search",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -33,6 +42,7 @@ def search(
     storage: Path,
     seed: int = 0,
     start: Sequence[SubnetConfig] = (),
+    known: Known | None = None,
     progress: Callable[[int, int, Trial], None] | None = None,
 ) -> SearchResult:
     """Try configurations until there are ``trials`` of them, those already stored included.
@@ -51,6 +61,7 @@ def search(
         seed: of the proposals.
         start: configurations to try before those of the algorithm, in this order; they count as
             trials.
+        known: what algorithms may know besides the history.
         progress: called with (trials done, trials in all, last trial).
 
     Raises:
@@ -64,6 +75,7 @@ def search(
             f"unknown search algorithm {algorithm!r}{nearest(algorithm, ALGORITHMS)}; "
             f"known are {', '.join(ALGORITHMS)}"
         )
+    known = known or Known(values)
     for config in start:
         space.check(config)
     # Optuna takes a second to import; spaces and results do without it.
@@ -78,7 +90,7 @@ def search(
         tried = {trial.config for trial in history}
         given = [config for config in start if config not in tried]
         rng = np.random.default_rng((seed, number))
-        config = given[0] if given else ALGORITHMS[algorithm](space, history, rng)
+        config = given[0] if given else ALGORITHMS[algorithm](space, history, rng, known)
         measured = objective(config)
         # In the order of the journal.
         trial = Trial(number, config, {name: float(measured[name]) for name in values})

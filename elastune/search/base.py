@@ -1,7 +1,8 @@
 """Search: propose a configuration, measure it, remember it. Knows spaces and numbers, never torch.
 
-An algorithm is a stateless function of the history: ``propose(space, trials, rng)`` with
-``rng = (seed, trial number)``. Resuming and repeating then need no saved state but the trials.
+An algorithm is a stateless function of the history: ``propose(space, trials, rng, known)`` with
+``rng = (seed, trial number)``. Resuming, repeating and searching with several workers then need no
+saved state but the trials.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,16 +21,38 @@ from elastune.space import SearchSpace, SubnetConfig
 Objective = Callable[[SubnetConfig], Mapping[str, float]]
 """Configuration -> named values, all to be minimised; the first is the quality."""
 
+Losses = Mapping[str, Mapping[int, float]]
+"""Dim -> choice -> increase of the loss when this choice alone differs from the base."""
+
 BROKEN_WAY_OUT = "dtype=float32, or training again with a lower learning rate"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A configuration and what was measured of it."""
+    """A configuration and what was measured of it.
+
+    Attributes:
+        number: from 0, in the order in which trials were proposed.
+        config: what was tried.
+        values: the objectives, all minimised, quality first. NaN while a worker still measures it.
+        measured: whatever else was measured or counted, such as the costs that limits are on.
+        dropped: a race took it out before all examples were seen: its quality is an estimate, and
+            it is never best, never on the front.
+        outcomes: quality of each example of the race, ``(examples,)`` float32, NaN where it was
+            not looked at; None where nothing is raced.
+        equivalents: work that the measurement took, in whole evaluations of the largest
+            sub-network on all examples.
+        violation: by how much it misses the limits of the search, as a part of them; 0 within.
+    """
 
     number: int
     config: SubnetConfig
     values: Mapping[str, float]
+    measured: Mapping[str, float] = field(default_factory=dict)
+    dropped: bool = False
+    outcomes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    equivalents: float = field(default=1.0, compare=False)
+    violation: float = field(default=0.0, compare=False)
 
     @property
     def failed(self) -> bool:
@@ -37,7 +60,57 @@ class Trial:
         return not all(map(math.isfinite, self.values.values()))
 
 
-Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator], SubnetConfig]
+@dataclass(frozen=True)
+class Measurement:
+    """What an objective that races, or that reuses work, says of a configuration."""
+
+    values: Mapping[str, float]
+    """The objectives and everything else by name."""
+    dropped: bool = False
+    outcomes: np.ndarray | None = None
+    equivalents: float = 1.0
+
+
+class RacingObjective(Protocol):
+    """An objective that may stop early, knowing the trials a configuration competes with."""
+
+    def __call__(self, config: SubnetConfig) -> Mapping[str, float]:
+        """Measure on all examples."""
+
+    def measure(self, config: SubnetConfig, rivals: Sequence[Trial]) -> Measurement:
+        """Measure until it is clear that a rival is better and no dearer; else on all examples."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What an algorithm may know besides the history.
+
+    Attributes:
+        values: names of the objectives, quality first.
+        costs: counts what a configuration costs without evaluating it; holds the cost objectives.
+        losses: single-choice losses (`elastune.allocate.single_choice_losses`).
+        budgets: bounds on the second value that sub-networks are wanted for.
+        limits: name of a value -> the least and the most that it may be.
+        population: trials of a generation, for evolutionary algorithms.
+        reference_points: aspired values, one tuple each, on the scale of the front found so far
+            (0 is the best of a value, 1 the worst), for rnsga2.
+    """
+
+    values: tuple[str, ...]
+    costs: Objective | None = None
+    losses: Losses | None = None
+    budgets: tuple[float, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    population: int = 40
+    reference_points: tuple[tuple[float, ...], ...] = ()
+
+
+Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator, Known], SubnetConfig]
+"""(space, history, rng, known) -> a configuration that is not in the history.
+
+The history holds failed trials, and those that other workers are measuring now (both are
+``failed``): they are not to be proposed again, and have no values.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +139,7 @@ class SearchResult:
         """
         if not self.trials:
             raise ElastuneError("the search tried nothing", try_="search.trials of at least 1")
-        valid = [trial for trial in self.trials if not trial.failed]
+        valid = [trial for trial in self.trials if not trial.failed and not trial.dropped]
         if not valid:
             raise ElastuneError(
                 f"all {len(self.trials)} sub-networks that were tried measure as NaN or infinite",
@@ -115,7 +188,8 @@ def non_dominated(trials: Sequence[Trial]) -> list[Trial]:
     front: list[tuple[float, ...]] = []
     kept: list[Trial] = []
     # In this order whatever dominates a trial comes before it, and is on the front or behind it.
-    for trial in sorted((trial for trial in trials if not trial.failed), key=_rank):
+    whole = [trial for trial in trials if not trial.failed and not trial.dropped]
+    for trial in sorted(whole, key=_rank):
         values = tuple(trial.values.values())
         # Of two values the last kept has the least second one, so that it alone can dominate.
         rivals = front[-1:] if len(values) <= 2 else front

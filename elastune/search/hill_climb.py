@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from elastune.search import random_search
-from elastune.search.base import Trial, first_untried, non_dominated
+from elastune.search.base import Known, Trial, first_untried, non_dominated
 from elastune.space import SearchSpace, SubnetConfig
 
 _DRAWS = 32  # neighbours drawn before those that are left are listed
@@ -22,7 +22,9 @@ _TOWARDS = 0.75  # of the others change all their dims in one direction
 _TAIL = 1.5  # exponent of the number of dims that change
 
 
-def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator) -> SubnetConfig:
+def propose(
+    space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator, known: Known
+) -> SubnetConfig:
     """Return heuristic, largest and smallest first, then untried neighbours of the front.
 
     A place is drawn evenly along the front's convex part, so that all sizes get their share and
@@ -38,7 +40,7 @@ def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generato
         return first
     front = _convex_part(non_dominated(trials))
     if not front:  # all have failed so far
-        return random_search.propose(space, trials, rng)
+        return random_search.propose(space, trials, rng, known)
     places = _places(front)
     for _ in range(_DRAWS):
         goal = rng.uniform(-_BEYOND, 1 + _BEYOND) * places[-1]
@@ -54,7 +56,7 @@ def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generato
             config = _neighbour(space, origin, direction, rng)
         if config not in tried:
             return config
-    return _left_over(space, origin, tried, rng) or random_search.propose(space, trials, rng)
+    return _left_over(space, origin, tried, rng) or random_search.propose(space, trials, rng, known)
 
 
 def _convex_part(front: Sequence[Trial]) -> list[Trial]:

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from elastune.search.base import Trial, first_untried
+from elastune.search.base import Known, Trial, first_untried
 from elastune.space import SearchSpace, SubnetConfig
 
 
-def propose(space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator) -> SubnetConfig:
+def propose(
+    space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator, known: Known
+) -> SubnetConfig:
     """Return heuristic, largest and smallest first, then uniform draws that were not tried yet."""
     tried = {trial.config for trial in trials}
     first = first_untried(space, tried)
