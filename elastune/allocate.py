@@ -95,8 +95,8 @@ def additive_loss(space: SearchSpace, losses: Losses, config: SubnetConfig) -> f
     """
     space.check(config)
     _check_losses(space, losses)
-    owners = _owners(space)
-    counted = [name for name in losses if name not in owners or config[owners[name]] != 0]
+    blocks = owners(space)
+    counted = [name for name in losses if name not in blocks or config[blocks[name]] != 0]
     return sum(losses[name][config[name]] for name in counted)
 
 
@@ -123,31 +123,7 @@ def allocate(space: SearchSpace, losses: Losses, costs: CostOf, budget: float) -
         InvalidSpace: nothing in the space is as cheap as the budget; the message says what is the
             cheapest.
     """
-    _check_losses(space, losses)
-    problem = _Problem(space, costs)
-    weights = np.array([_loss(losses, problem.base, *column) for column in problem.columns])
-    allowed = np.isfinite(weights)
-    weights = np.where(allowed, weights, 0.0)
-    limit = float(budget)
-    for _ in range(_TRIES):
-        config = problem.solve(weights, limit, allowed)
-        if config is None:
-            break
-        excess = costs(config) - budget
-        if excess <= abs(budget) * _SLACK:
-            return config
-        limit -= max(excess, abs(budget) * _SLACK)
-    config = problem.solve(problem.costs / problem.scale, None, allowed)
-    if config is None:
-        raise InvalidSpace("some dim has no choice of finite loss", try_="measure the losses anew")
-    cheapest = costs(config)
-    if cheapest <= budget:
-        return config
-    raise InvalidSpace(
-        f"no sub-network costs {budget:.6g} or less: the cheapest costs {cheapest:.6g}, "
-        f"the largest {problem.base_cost:.6g}",
-        try_="a larger budget, or smaller choices",
-    )
+    return Knapsack(space, costs).allocate(losses, budget)
 
 
 def uniform_config(
@@ -185,10 +161,16 @@ def uniform_config(
     )
 
 
-class _Problem:
-    """The choices as columns of 0 and 1, and the rules between them."""
+class Knapsack:
+    """Choices as columns of 0 and 1, and the rules between them; solved for any number of budgets.
+
+    Args:
+        space: of the configurations.
+        costs: called once for each choice alone, and for each answer.
+    """
 
     def __init__(self, space: SearchSpace, costs: CostOf) -> None:
+        self.cost_of = costs
         self.space = space
         self.columns = [(dim.name, choice) for dim in space.dims for choice in dim.choices]
         self.base = space.largest()
@@ -203,9 +185,38 @@ class _Problem:
         )
         # The solver's tolerances are absolute: numbers must be around 1.
         self.scale = max(float(np.abs(self.costs).max()), 1e-300)
-        self.owners = _owners(space)
+        self.owners = owners(space)
 
-    def solve(
+    def allocate(self, losses: Losses, budget: float) -> SubnetConfig:
+        """Return what `allocate` says of these losses; an infinite budget is none."""
+        _check_losses(self.space, losses)
+        weights = np.array([_loss(losses, self.base, *column) for column in self.columns])
+        allowed = np.isfinite(weights)
+        weights = np.where(allowed, weights, 0.0)
+        limit = float(budget)
+        for _ in range(_TRIES):
+            config = self._solve(weights, None if math.isinf(limit) else limit, allowed)
+            if config is None:
+                break
+            excess = self.cost_of(config) - budget
+            if excess <= abs(budget) * _SLACK:
+                return config
+            limit -= max(excess, abs(budget) * _SLACK)
+        config = self._solve(self.costs / self.scale, None, allowed)
+        if config is None:
+            raise InvalidSpace(
+                "some dim has no choice of finite loss", try_="measure the losses anew"
+            )
+        cheapest = self.cost_of(config)
+        if cheapest <= budget:
+            return config
+        raise InvalidSpace(
+            f"no sub-network costs {budget:.6g} or less: the cheapest costs {cheapest:.6g}, "
+            f"the largest {self.base_cost:.6g}",
+            try_="a larger budget, or smaller choices",
+        )
+
+    def _solve(
         self, weights: np.ndarray, limit: float | None, allowed: np.ndarray
     ) -> SubnetConfig | None:
         """Return the allowed configuration of the least weight within a limit; None if none is."""
@@ -269,7 +280,7 @@ def _silent_solver() -> Iterator[None]:
         os.close(kept)
 
 
-def _owners(space: SearchSpace) -> dict[str, str]:
+def owners(space: SearchSpace) -> dict[str, str]:
     """Return the depth dim of every dim whose modules are all in the blocks that it leaves out."""
     depth = [dim for dim in space.dims if dim.kind == "depth"]
     found = {}

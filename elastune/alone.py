@@ -6,7 +6,7 @@ the super-network saves is their training, one for each size; what it may cost i
 
 from __future__ import annotations
 
-from elastune.choose import budgeted
+from elastune.budgets import budgeted
 from elastune.run import Run
 from elastune.sampling import FixedSampler
 from elastune.space import SearchSpace, SubnetConfig

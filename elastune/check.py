@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 
-from elastune.choose import check_budgets
+from elastune.budgets import check_budgets
 from elastune.errors import BadData, BadRecipe, nearest
 from elastune.finetune import net_space
 from elastune.heads import HEADS

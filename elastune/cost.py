@@ -6,20 +6,20 @@ What counts as a MAC is in `elastune.macs`. What is measured is in `elastune.lat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from elastune.elastic.lora import ElasticLoRALinear
-from elastune.linears import in_features, is_linear, out_features, weight_of
+from elastune.linears import in_features
 from elastune.macs import Row, Work, counted, total
 from elastune.models.architecture import Architecture
 from elastune.models.blocks import PARTS, Block, Part, Weights
+from elastune.slice_counts import Cut, Slice
 from elastune.space import DimKind, ElasticDim, SearchSpace, SubnetConfig
 from elastune.structure import STRUCTURE_KINDS, full_size
 from elastune.supernet import SuperNetwork
@@ -111,7 +111,7 @@ class CostModel:
             if dim.kind == "embedding" and table is not None
         ]
         self._outside_ranks = [
-            (dim, _adapter_sizes(name, work, _Cut(net.adapters[name]).at(None)))
+            (dim, _adapter_sizes(name, work, Cut(net.adapters[name]).at(None)))
             for name, dim in _rank_dims(net).items()
             if not work.in_block(name)
         ]
@@ -153,76 +153,12 @@ class CostModel:
 
 def _rank_dims(net: SuperNetwork) -> dict[str, str]:
     """Return module name -> its rank dim."""
-    return {name: dim.name for dim in net.space.dims if dim.kind == "rank" for name in dim.modules}
+    return {name: dim.name for name, dim in _dims_of(net.space, "rank").items()}
 
 
-class _Slice(NamedTuple):
-    """The active part of a linear layer or norm."""
-
-    params: int
-    nonzero: int
-    weights: int
-    """In features times out features; 0 for a norm."""
-    features: int
-    """In and out features together; 0 for a norm."""
-    zeros: int
-    """In the weight, where a merged adapter leaves none."""
-
-
-class _Cut:
-    """Counts parts of a linear layer or norm that are some of its rows or columns.
-
-    Args:
-        module: the layer, its adapter around it or not.
-        dim: 0 for rows, with their biases; 1 for columns.
-    """
-
-    def __init__(self, module: nn.Module, dim: Literal[0, 1] = 0) -> None:
-        self._module: Any = module.base if isinstance(module, ElasticLoRALinear) else module
-        self._dim = dim
-        self._nonzero: list[tuple[Tensor, int]] | None = None
-
-    def at(self, index: Tensor | None) -> _Slice:
-        """Count what ``index`` takes; None takes all, of a quantised layer too."""
-        module = self._module
-        whole = counted(list(module.parameters(recurse=False)))
-        if not is_linear(module):
-            rows = whole if index is None else self._taken(index)
-            return _Slice(rows.params, rows.nonzero, 0, 0, 0)
-        sizes = [out_features(module), in_features(module)]
-        if index is None:
-            zeros = module.weight.numel() - int(torch.count_nonzero(module.weight))
-            return _Slice(whole.params, whole.nonzero, sizes[0] * sizes[1], sum(sizes), zeros)
-        sizes[self._dim] = len(index)
-        weights = sizes[0] * sizes[1]
-        taken = self._taken(index)
-        per_line, _ = self._lines()[0]
-        zeros = weights - int(per_line[index].sum())
-        return _Slice(taken.params, taken.nonzero, weights, sum(sizes), zeros)
-
-    def _taken(self, index: Tensor) -> Row:
-        """Count the parameters in some rows or columns."""
-        lines = [(nonzero[index], size) for nonzero, size in self._lines()]
-        params = sum(len(nonzero) * size for nonzero, size in lines)
-        taken = Row(params, sum(int(nonzero.sum()) for nonzero, _ in lines))
-        # With some of the columns the bias stays whole.
-        bias = getattr(self._module, "bias", None) if self._dim == 1 else None
-        return taken if bias is None else total([taken, counted([bias])])
-
-    def _lines(self) -> list[tuple[Tensor, int]]:
-        """Return non-zeros in each row (or column) of each parameter, and a row's size."""
-        if self._nonzero is None:
-            module = self._module
-            if is_linear(module):
-                weight = weight_of(module)
-                per_line = torch.count_nonzero(weight, dim=1 - self._dim).cpu()
-                self._nonzero = [(per_line, weight.shape[1 - self._dim])]
-            else:
-                self._nonzero = []
-            flat = [p for p in module.parameters(recurse=False) if p.dim() == 1]
-            if self._dim == 0:
-                self._nonzero += [((p != 0).long().cpu(), 1) for p in flat]
-        return self._nonzero
+def _dims_of(space: SearchSpace, kind: DimKind) -> dict[str, ElasticDim]:
+    """Return module name -> the dim of a kind that it follows."""
+    return {name: dim for dim in space.dims if dim.kind == kind for name in dim.modules}
 
 
 class _AdapterSizes(NamedTuple):
@@ -236,7 +172,7 @@ class _AdapterSizes(NamedTuple):
     """In the layer's active weight."""
 
 
-def _adapter_sizes(name: str, work: Work, active: _Slice) -> _AdapterSizes:
+def _adapter_sizes(name: str, work: Work, active: Slice) -> _AdapterSizes:
     prefill, decode = work.positions(name)
     features = active.features
     return _AdapterSizes(features, features * prefill, features * decode, active.zeros)
@@ -256,6 +192,21 @@ _Adapters = list[tuple[str, _AdapterSizes]]
 """Rank dim and sizes of adapters."""
 
 
+class _Masked(NamedTuple):
+    """What a dim of density takes from one weight."""
+
+    dim: str
+    rank_dim: str | None
+    left_out: dict[int, int]
+    """Density -> non-zeros that it turns to zero."""
+
+    def row(self, chosen: Mapping[str, int], merged: bool) -> Row:
+        """Return what there is less; a merged adapter leaves no zeros."""
+        if merged and self.rank_dim is not None and chosen[self.rank_dim]:
+            return Row()
+        return Row(nonzero=-self.left_out[chosen[self.dim]])
+
+
 class _Half(NamedTuple):
     """One half of a block at each of its sizes."""
 
@@ -263,6 +214,7 @@ class _Half(NamedTuple):
     full: int
     rows: dict[int, Row]
     adapters: dict[int, _Adapters]
+    masked: dict[int, list[_Masked]]
 
 
 class _BlockTable:
@@ -281,12 +233,17 @@ class _BlockTable:
         ranks = _rank_dims(net)
         prefix = f"{block.name}."
         self._ranks = {n.removeprefix(prefix): d for n, d in ranks.items() if n.startswith(prefix)}
+        self._densities = {
+            name.removeprefix(prefix): dim
+            for name, dim in _dims_of(net.space, "density").items()
+            if name.startswith(prefix)
+        }
         self._adapters = adapters
         self._halves = [self._half(part) for part in PARTS]
         sliced = [f"{prefix}{w.path}" for part in PARTS for w in self._weights(part, None)]
         self._fixed = self._unsliced(sliced)
-        names = [dim.name for dim in self._cuts.values()]
-        self.dims = (*names, *dict.fromkeys(self._ranks.values()))
+        names = [dim.name for dim in (*self._cuts.values(), *self._densities.values())]
+        self.dims = tuple(dict.fromkeys([*names, *self._ranks.values()]))
 
     def row(self, merged: bool, *choices: int) -> Row:
         """Return the cost at ``choices``, in the order of ``dims``."""
@@ -299,6 +256,7 @@ class _BlockTable:
             size = half.full if half.dim is None else chosen[half.dim]
             rows.append(half.rows[size])
             present += half.adapters[size]
+            rows += [masked.row(chosen, merged) for masked in half.masked[size]]
         rows += [_adapter_row(sizes, chosen[dim], merged) for dim, sizes in present]
         return total(rows)
 
@@ -314,26 +272,33 @@ class _BlockTable:
         full = full_size(block, part)
         dim = self._cuts.get(part)
         cuts = {
-            w.path: _Cut(block.module.get_submodule(w.path), w.dim)
+            w.path: Cut(block.module.get_submodule(w.path), w.dim)
             for w in self._weights(part, full)
         }
         rest = counted(self._rest_of(part, list(cuts)))
-        rows, adapters = {0: Row()}, {0: _Adapters()}
+        half = _Half(dim.name if dim else None, full, {0: Row()}, {0: _Adapters()}, {0: []})
         for size in {full, *(dim.choices if dim else ())} - {0}:
-            found, rows_here = _Adapters(), [rest]
+            found, masked, rows_here = _Adapters(), list[_Masked](), [rest]
             for weights in self._weights(part, size):
                 name = f"{block.name}.{weights.path}"
-                active = cuts[weights.path].at(None if size == full else weights.index)
+                index = None if size == full else weights.index
+                cut = cuts[weights.path]
+                active = cut.at(index)
                 prefill, decode = work.positions(name)
                 macs = (active.weights * prefill, active.weights * decode)
                 rows_here.append(Row(active.params, active.nonzero, *macs))
                 if weights.path in self._ranks:
                     sizes = _adapter_sizes(name, work, active)
                     found.append((self._ranks[weights.path], sizes))
+                density = self._densities.get(weights.path)
+                if density is not None:
+                    left_out = {choice: cut.left_out(index, choice) for choice in density.choices}
+                    masked.append(_Masked(density.name, self._ranks.get(weights.path), left_out))
             if part == "heads":
                 rows_here.append(work.attention(block.index, size * block.head_dim))
-            rows[size], adapters[size] = total(rows_here), found
-        return _Half(dim.name if dim else None, full, rows, adapters)
+            half.rows[size], half.adapters[size] = total(rows_here), found
+            half.masked[size] = masked
+        return half
 
     def _part_ids(self, part: Part) -> set[int]:
         """Return the ids of the parameters that are gone when a half is."""
@@ -361,7 +326,7 @@ class _BlockTable:
                 rows.append(work.linear(name, module))
                 path = name.removeprefix(f"{block.name}.")
                 if path in self._ranks:
-                    sizes = _adapter_sizes(name, work, _Cut(module).at(None))
+                    sizes = _adapter_sizes(name, work, Cut(module).at(None))
                     adapters.append((self._ranks[path], sizes))
         return total(rows), adapters
 

@@ -94,7 +94,7 @@ def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
         InvalidSubnet: not in the space, all ranks are 0 (the base alone is that sub-network), or
             the base is elastic itself.
     """
-    if net.structure is not None or net.embedding is not None:
+    if net.has_elastic_base:
         raise InvalidSubnet(
             "the base of this super-network is elastic, too: an adapter alone is no sub-network",
             try_="extract_model(net, config)",

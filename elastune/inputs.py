@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from elastune.config import BASELINES, Recipe, TaskConfig, TrainConfig
+from elastune.config import BASELINES, Recipe, StructureConfig, TaskConfig, TrainConfig
 from elastune.tasks import TASKS
 
 _CHUNK = 1 << 16
@@ -35,16 +35,15 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
 
     Args:
         recipe: of the run.
-        stage: importance, generate, sparsify, train, search, single choices, allocate, or the name
-            of a baseline.
+        stage: importance, generate, sparsify, train, trials, search, single choices, latency
+            table, full costs, allocate, or the name of a baseline.
         sources: what `source_hashes` returned.
     """
     task = recipe.task.model_copy(update={"limit": None})  # of the report alone
     # The task decides the head; a head that the checkpoint lacks is drawn by the seed.
     model = [recipe.model, recipe.dtype, recipe.seed, task, sources.get("model")]
     data: list[Any] = [task, recipe.data, recipe.seed, sources.get("task")]
-    if recipe.vocabulary == "task":
-        model += [recipe.vocabulary, *data]
+    model += [recipe.vocabulary, *data] if recipe.vocabulary == "task" else []
     plain = [*data, plain_training(recipe)]
     start = [*model, recipe.start, *(plain if recipe.start != "model" else [])]
     base: list[Any] = [*start, recipe.sparsify, recipe.seed, sources.get("calibration")]
@@ -64,8 +63,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     if structure is not None:
         base += [structure.order, structure.calibration, sources.get("order")]
         texts.append(structure.calibration.source)
-        cut = [structure.ffn, structure.heads, structure.depth]
-        cut += [structure.round_to, structure.shared, structure.embedding]
+        cut = _choices(structure)
         if structure.generate is not None:
             base += [structure.generate, structure.round_to, structure.probes, length]
     if "task" in texts:
@@ -77,8 +75,11 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "generate": base,
         "sparsify": base,
         "train": [*base, *trained, *cut],
-        "search": [*base, *trained, *cut, recipe.search, length, *_budgets(recipe)],
-        "single choices": [*base, *trained, *cut, structure and structure.probes],
+        "trials": [*base, *trained, *cut, _measured(recipe), length],
+        "search": [*base, *trained, *cut, _search(recipe), length, *_budgets(recipe)],
+        "latency table": [*base, *trained, *cut, length],
+        "full costs": [*start, length],
+        "single choices": [*base, *trained, *cut],
         "allocate": [*base, *trained, *cut, *_budgets(recipe)],
         "dense": model,
         "dense+full": [*model, *plain],
@@ -98,6 +99,21 @@ def _teacher(
     if name not in recipe.baselines:
         return [name, sources.get("teacher")]
     return [name, *model, *plain, recipe.adapter]
+
+
+def _choices(structure: StructureConfig) -> list[Any]:
+    by_hand = [structure.ffn, structure.heads, structure.depth]
+    return [*by_hand, structure.round_to, structure.shared, structure.embedding]
+
+
+def _search(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that decide which trials there are, and which of them is best."""
+    return recipe.search.model_dump(mode="json", exclude={"storage", "workers", "front"})
+
+
+def _measured(recipe: Recipe) -> list[Any]:
+    """Return what the figures of one trial depend on: another algorithm goes on from them."""
+    return [recipe.search.objective, recipe.search.cost]
 
 
 def _budgets(recipe: Recipe) -> list[Any]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from elastune.data import encode
+from elastune.data import Encoded, encode
 from elastune.errors import BadData
 from elastune.generate import Progress, evaluating, unwrapped
 from elastune.tasks.base import Example
@@ -99,7 +99,6 @@ class TokenScorer:
         )
 
 
-@torch.inference_mode()
 def example_losses(
     model: nn.Module,
     tokenizer: Any,
@@ -117,29 +116,47 @@ def example_losses(
     ``max_length`` scores 0 tokens.
     """
     encoded = [encode(example, tokenizer, max_length) for example in examples]
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids))
     sums, counts = np.zeros(len(encoded)), np.zeros(len(encoded), dtype=np.int64)
     score = TokenScorer(model)
-    start = 0
-    with evaluating(model):
-        while start < len(order):
-            length = len(encoded[order[start]].input_ids)
-            batch = order[start : start + max(1, batch_tokens // max(1, length))]
-            start += len(batch)
-            lengths = [len(encoded[i].input_ids) for i in batch]
-            firsts = [max(1, encoded[i].n_prompt) for i in batch]
-            if length < 2:
-                continue
-            ids, mask = _right_padded([encoded[i].input_ids for i in batch], length, score.device)
-            columns = torch.arange(length, device=score.device)[None]
-            first = torch.tensor(firsts, device=score.device)[:, None]
-            targets = (columns >= first) & mask.bool()
-            nll = score(ids, None if min(lengths) == length else mask, targets)
-            counts[batch] = [max(0, n - f) for n, f in zip(lengths, firsts, strict=True)]
-            sums[batch] = [float(part.double().sum()) for part in nll.split(counts[batch].tolist())]
-            if progress is not None:
-                progress(start, len(order))
+    n_done = 0
+    for batch in batches_by_length([len(item.input_ids) for item in encoded], batch_tokens):
+        sums[batch], counts[batch] = completion_losses(score, [encoded[i] for i in batch])
+        n_done += len(batch)
+        if progress is not None:
+            progress(n_done, len(encoded))
     return sums, counts
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Cut items into batches of at most ``batch_tokens`` padded tokens, longest first."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + size]
+        start += size
+
+
+@torch.inference_mode()
+def completion_losses(score: TokenScorer, rows: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray]:
+    """Score one batch: the summed NLL in nats of each row's completion, and its tokens."""
+    counts = np.array([scored_tokens(row) for row in rows], dtype=np.int64)
+    length = max(len(row.input_ids) for row in rows)
+    if length < 2:
+        return np.zeros(len(rows)), counts
+    ids, mask = _right_padded([row.input_ids for row in rows], length, score.device)
+    columns = torch.arange(length, device=score.device)[None]
+    first = torch.tensor([max(1, row.n_prompt) for row in rows], device=score.device)[:, None]
+    targets = (columns >= first) & mask.bool()
+    is_padded = min(len(row.input_ids) for row in rows) < length
+    with evaluating(score.model):
+        nll = score(ids, mask if is_padded else None, targets)
+    return np.array([float(p.double().sum()) for p in nll.split(counts.tolist())]), counts
+
+
+def scored_tokens(row: Encoded) -> int:
+    """Return how many tokens of a row are scored: its completion's, but never the first."""
+    return max(0, len(row.input_ids) - max(1, row.n_prompt))
 
 
 def mean_loss(

@@ -96,6 +96,12 @@ def _check(block: Block, part: Part) -> None:
                 f"{block.name}.{path} is a {type(module).__name__}, whose rows cannot be moved",
                 try_="reorder the plain model, before adapters are added or it is quantised",
             )
+        if getattr(module, "mask", None) is not None:
+            raise UnsupportedModel(
+                f"the sparsity of {block.name}.{path} is elastic: its weights would move, and what "
+                "says which of them stay would not",
+                try_="reorder the plain model, then sparsity_levels",
+            )
 
 
 def _permute(block: Block, part: Part, order: Tensor) -> None:

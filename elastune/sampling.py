@@ -81,7 +81,7 @@ class SandwichSampler:
 
 STAGE_ORDER: tuple[tuple[DimKind, ...], ...] = (
     ("rank",),
-    ("heads", "ffn", "embedding"),
+    ("heads", "ffn", "embedding", "density"),
     ("depth",),
 )
 """Kinds of dim in the order in which progressive training opens them; a tuple opens as one."""

@@ -18,10 +18,11 @@ import numpy as np
 
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 
-DimKind = Literal["rank", "heads", "ffn", "depth", "embedding"]
+DimKind = Literal["rank", "heads", "ffn", "depth", "embedding", "density"]
 """What a dim cuts: an adapter's rank, a block's query heads, the channels of its feed-forward,
-the whole block (1 keeps it, 0 leaves it out), or the rank of the word embedding (its width is the
-table as it is). 0 heads or channels leave that half out."""
+the whole block (1 keeps it, 0 leaves it out), the rank of the word embedding (its width is the
+table as it is), or the percentage of weights that are not zero. 0 heads or channels leave that half
+out."""
 
 
 class SubnetConfig(Mapping[str, int]):

@@ -107,6 +107,8 @@ def _active_weights(whole: Sequence[Block], shapes: Sequence[BlockShape | None])
                 weight = module.active_weight()
                 weight = weight.T if is_transposed(module) else weight
                 found[id(module.weight)] = _parameter(weight)
+                if module.mask is not None:
+                    found[id(module.mask)] = None  # its work is done
                 if module.bias is not None:
                     found[id(module.bias)] = _parameter(take(module.bias, 0, module.rows))
             elif isinstance(module, ElasticNorm):

@@ -19,9 +19,12 @@ from elastune.elastic.embedding import (
 )
 from elastune.elastic.linear import ElasticConv1D, ElasticLinear
 from elastune.elastic.lora import ElasticLoRALinear, Scaling
+from elastune.elastic.mask import WeightLevels
+from elastune.elastic.sparse import ElasticSparsity, check_density
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 from elastune.linears import is_linear
 from elastune.models.blocks import Block, BlockShape, blocks
+from elastune.models.families import architecture
 from elastune.space import ElasticDim, SearchSpace, SubnetConfig
 from elastune.state import copy_state
 from elastune.structure import STRUCTURE_KINDS, ElasticStructure
@@ -44,6 +47,8 @@ class SuperNetwork(nn.Module):
         trained: names of modules trained whole, such as a new classification head.
         train_base: train the model's own weights, too; those of a part that is cut off get no
             gradient.
+        levels: which weights stay at which density, where the space has dims of that kind
+            (`elastune.build_sparsity.sparsity_levels`).
 
     Raises:
         InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic, or
@@ -61,6 +66,7 @@ class SuperNetwork(nn.Module):
         seed: int = 0,
         trained: Sequence[str] = (),
         train_base: bool = False,
+        levels: WeightLevels | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,11 +76,16 @@ class SuperNetwork(nn.Module):
         # Checked whole before anything is changed: a refused model is as it was.
         largest = _largest_ranks(model, space)
         table = _embedding_dim(model, space)
+        sparse = [dim for dim in space.dims if dim.kind == "density"]
+        if sparse:
+            check_density(model, sparse, levels, architecture(model).linear_names(model))
         cuts = [dim for dim in space.dims if dim.kind in STRUCTURE_KINDS]
         self.structure = ElasticStructure(model, cuts) if cuts else None
         self.embedding = make_factorisable(table[0], table[1].choices) if table else None
         """The word embedding, where its rank is a dim."""
         self._table_dim = table[1].name if table else None
+        self.sparsity = ElasticSparsity(model, sparse, levels) if sparse and levels else None
+        """The weights whose sparsity is elastic, if there are any."""
         model.requires_grad_(train_base)
         if self.embedding is not None and not self.embedding.is_full:
             self.embedding.weight.requires_grad_(False)  # no sub-network uses the table itself
@@ -87,6 +98,7 @@ class SuperNetwork(nn.Module):
             if dim.kind == "rank"
         ]
         self._cuts = [dim.name for dim in cuts]
+        self._densities = [dim.name for dim in sparse]
         self._active = SubnetConfig({})
         self.activate(space.largest())
 
@@ -114,9 +126,18 @@ class SuperNetwork(nn.Module):
             for name in self._cuts:
                 if config[name] != self._active.get(name):
                     self.structure.set_active(name, config[name])
+        if self.sparsity is not None:
+            for name in self._densities:
+                if config[name] != self._active.get(name):
+                    self.sparsity.set_active(name, config[name])
         if self.embedding is not None and self._table_dim is not None:
             self.embedding.set_active(config[self._table_dim])
         self._active = config
+
+    @property
+    def has_elastic_base(self) -> bool:
+        """Whether sub-networks differ in more than their adapters."""
+        return any(part is not None for part in (self.structure, self.embedding, self.sparsity))
 
     def shapes(self, config: SubnetConfig) -> list[BlockShape | None]:
         """Return the sizes of every block of a sub-network; None for a block that is left out."""
@@ -173,6 +194,8 @@ class SuperNetwork(nn.Module):
 
     def unwrap(self) -> PreTrainedModel:
         """Put the model's own modules back and return it; this super-network is then of no use."""
+        if self.sparsity is not None:
+            self.sparsity.release()
         if self.structure is not None:
             self.structure.release()
         if self.embedding is not None:

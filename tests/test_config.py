@@ -21,7 +21,7 @@ SECTIONS = [
     for kind in (*vars(config).values(), *vars(sections).values())
     if isinstance(kind, type)
     and issubclass(kind, BaseModel)
-    and kind.__module__ in (config.__name__, sections.__name__)
+    and kind.__module__.startswith((config.__name__, sections.__name__))
 ]
 
 

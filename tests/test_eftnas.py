@@ -148,9 +148,9 @@ def test_another_search_trains_nothing_again(run: Path, source: Path) -> None:
 
     stages = ("dense+full", "importance", "generate", "sparsify", "train", "alone-points-70")
     before = [done(stage) for stage in stages]
-    cli("run", source / "eftnas.yaml", "--out", run, "--set", "search.trials=4", "--update")
+    cli("run", source / "eftnas.yaml", "--out", run, "--set", "search.trials=8", "--update")
     assert [done(stage) for stage in stages] == before
-    assert len(read_json(run / "search" / "trials.json")["trials"]) == 4
+    assert len(read_json(run / "search" / "trials.json")["trials"]) == 8
     cli("run", source / "eftnas.yaml", "--out", run, "--update")  # as the other tests know it
 
 

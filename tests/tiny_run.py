@@ -58,7 +58,7 @@ def tiny_recipe(model: Path, data: Path, **sections: Any) -> dict[str, Any]:
             "learning_rate": 1e-2,
             "checkpoint_every": 2,
         },
-        "search": {"trials": 5},
+        "search": {"trials": 5, "front": 0, "random": 0},
         "evaluate": {"macs_length": 16},
     }
     for name, value in sections.items():

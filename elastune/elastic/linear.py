@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from elastune.elastic.mask import WeightMask
+
 Ranges = tuple[tuple[int, int], ...]
 """Start and stop of what is active; more than one where a matrix holds several projections."""
 
@@ -57,6 +59,8 @@ class _Sliced:
     weight: Tensor
     bias: Tensor | None
     transposed = False
+    mask: WeightMask | None = None
+    """Which of its numbers run, where the sparsity is elastic."""
 
     def set_active(self, *, rows: Ranges | None = None, columns: Ranges | None = None) -> None:
         """Use these out and in features; with no in feature at all the output is zero, bias too."""
@@ -69,8 +73,9 @@ class _Sliced:
         return self.columns == ()
 
     def active_weight(self) -> Tensor:
-        """Return the active part of the weight, ``(O, I)``."""
-        weight = self.weight.T if self.transposed else self.weight
+        """Return the active part of the weight, ``(O, I)``, with zeros where it is sparse."""
+        weight = self.weight if self.mask is None else self.mask.of(self.weight)
+        weight = weight.T if self.transposed else weight
         return take(take(weight, 0, self.rows), 1, self.columns)
 
     def active_bias(self) -> Tensor | None:
@@ -167,6 +172,6 @@ def unmake_sliceable(module: nn.Module) -> None:
     """Give a module its own class back."""
     if isinstance(module, _Sliced | ElasticNorm):
         plain = module._plain_class
-        for name in ("rows", "columns", "_plain_class"):
+        for name in ("rows", "columns", "mask", "_plain_class"):
             module.__dict__.pop(name, None)
         module.__class__ = plain  # type: ignore[assignment]

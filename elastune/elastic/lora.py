@@ -118,7 +118,7 @@ class ElasticLoRALinear(nn.Module):
         b = take(self.lora_B[:, :rank], 0, self.rows)
         autocast = torch.is_autocast_enabled(x.device.type)
         same_kind = self.dropout is None and x.dtype == a.dtype and not autocast
-        if same_kind and _is_plain_and_frozen(self.base):
+        if same_kind and is_plain(self.base) and _is_frozen(self.base):
             weight, bias = _active(self.base)
             return _FrozenLinearPlusLoRA.apply(x, weight, bias, a, b, scale)
         out = self.base(x)
@@ -157,15 +157,17 @@ class ElasticLoRALinear(nn.Module):
         return f"rank={self.active_rank} of {self.max_rank}, alpha={self.alpha}, {self.scaling}"
 
 
-def _is_plain_and_frozen(base: nn.Module) -> bool:
-    """Tell whether calling ``base`` is a matrix product and nothing more: no hooks, no training."""
+def is_plain(base: nn.Module) -> bool:
+    """Tell whether calling ``base`` is a matrix product and nothing more: no hooks."""
     return (
         type(base) in (nn.Linear, ElasticLinear, ElasticConv1D)
-        and not base.weight.requires_grad
-        and (base.bias is None or not base.bias.requires_grad)
         and not (base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
         and "forward" not in vars(base)  # replaced by accelerate's offloading, for one
     )
+
+
+def _is_frozen(base: Any) -> bool:
+    return not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
 
 
 def _active(base: Any) -> tuple[Tensor, Tensor | None]:

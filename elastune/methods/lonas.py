@@ -13,11 +13,13 @@ steps on the same batches. ``train.update: full`` trains the base, too.
 from __future__ import annotations
 
 from elastune.alone import train_alone
-from elastune.choose import allocate_budgets, chosen, extract_chosen, search
+from elastune.budgets import allocate_budgets
+from elastune.choose import extract_chosen
 from elastune.measure import measure
 from elastune.methods.baselines import train_baselines
 from elastune.prepare import make_base
 from elastune.run import Run
+from elastune.search_stage import search
 from elastune.stages import train_supernet
 
 
@@ -29,5 +31,5 @@ def lonas(run: Run) -> None:
     allocate_budgets(run)
     search(run)
     train_alone(run)
-    extract_chosen(run, chosen(run))
+    extract_chosen(run)
     measure(run)

@@ -10,10 +10,11 @@ the same examples.
 
 from __future__ import annotations
 
-from elastune.choose import chosen, extract_chosen, search
+from elastune.choose import extract_chosen
 from elastune.measure import measure
 from elastune.methods.baselines import train_baselines
 from elastune.run import Run
+from elastune.search_stage import search
 from elastune.stages import sparsify, train_supernet
 
 
@@ -23,5 +24,5 @@ def shears(run: Run) -> None:
     train_supernet(run)
     train_baselines(run)
     search(run)
-    extract_chosen(run, chosen(run))
+    extract_chosen(run)
     measure(run)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from elastune.report.html import write_report
 from elastune.report.load import RunData, load_run
-from elastune.report.tables import markdown_table, metrics_table, sparsity_table
+from elastune.report.tables import markdown_table, metrics_table, search_table, sparsity_table
 
 __all__ = [
     "RunData",
     "load_run",
     "markdown_table",
     "metrics_table",
+    "search_table",
     "sparsity_table",
     "write_report",
 ]

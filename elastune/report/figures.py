@@ -10,15 +10,10 @@ from elastune.report.layers import config_text
 from elastune.report.load import Curve, RunData
 from elastune.report.markup import Figure
 from elastune.report.plots import Bar, Line, Mark, bar_chart, line_chart, scatter_chart
-from elastune.report.quantities import common_unit, duration, is_number
+from elastune.report.quantities import common_unit, duration
 from elastune.report.results import AVERAGE, Column, System, first_columns
 
-_COUNTED = ("params", "nonzero", "macs", "block_macs")
-COSTS = (*_COUNTED, "latency_ms", "decode_latency_ms", "memory_bytes")
-COST_TITLES = {"nonzero": "non-zeros", "macs": "MACs", "latency_ms": "latency (ms)"}
-COST_TITLES |= {"block_macs": "MACs of the blocks"}
-MOST_POINTS = 600  # of a curve, and
-MOST_TRIALS = 1500  # of a search: more only makes the page heavy
+MOST_POINTS = 600  # of a curve: more only makes the page heavy
 
 
 def training_curves(run: RunData) -> Figure | None:
@@ -131,69 +126,6 @@ def _score_scatter(rows: Sequence[System], column: Column) -> Figure | None:
     svg = scatter_chart(marks, x_label=x_label, y_label=f"{column.title}{unit}", title=title)
     legend = (("dot", "baseline", "baseline"), ("dot", "s0", "sub-network"))
     return Figure(title, svg, "Bars: ± one standard error.", legend)
-
-
-def search_scatter(run: RunData) -> Figure | None:
-    """Draw the search: objective against cost of every trial, Pareto front and chosen marked."""
-    trials = (run.search or {}).get("trials", [])
-    keys = list(dict.fromkeys(key for trial in trials for key in trial["values"]))
-    quality = next((key for key in keys if key not in COSTS), None)
-    if run.search is None or quality is None:
-        return None
-    cost = next((key for key in COSTS if key in keys), None)
-    front = set(run.search.get("pareto") or ())
-    known = [t for t in trials if is_number(t["values"].get(quality))]
-    known = [t for t in known if cost is None or is_number(t["values"].get(cost))]
-    if not known:
-        return None
-    divisor, prefix = common_unit(t["values"][cost] for t in known) if cost else (1.0, "")
-    every = math.ceil(len(known) / MOST_TRIALS)
-    shown = [
-        t
-        for place, t in enumerate(known)
-        if place % every == 0 or t["number"] in front or t["number"] == run.search.get("best")
-    ]
-    marks = [_trial_mark(t, quality, cost, divisor, run.search) for t in shown]
-    # Drawing order is importance: the chosen and the front lie on top.
-    marks.sort(key=lambda mark: ("front" in mark.style) + 2 * ("chosen" in mark.style))
-    corners = sorted((m.x, m.y) for m in marks if "front" in m.style or "chosen" in m.style)
-    two = len(keys) == 2 and cost is not None
-    x_label = COST_TITLES.get(cost, cost) if cost else "trial"
-    svg = scatter_chart(
-        marks,
-        x_label=f"{x_label} ({prefix})" if prefix else str(x_label),
-        y_label=f"validation {quality}",
-        title="search",
-        front=corners if two and front else (),
-    )
-    legend = [("dot", "small trial", f"{len(known):,} trials")]
-    legend += [("dot", "front", f"Pareto front ({len(front)})")] if front else []
-    legend += [("dot", "chosen", "chosen")] if run.search.get("best") is not None else []
-    note = f"One in {every} of the dominated trials is drawn." if every > 1 else ""
-    return Figure("Trials of the search", svg, note, tuple(legend))
-
-
-def _trial_mark(
-    trial: Mapping[str, Any],
-    quality: str,
-    cost: str | None,
-    divisor: float,
-    search: Mapping[str, Any],
-) -> Mark:
-    number, values = trial["number"], trial["values"]
-    x = values[cost] / divisor if cost else float(number)
-    listed = ", ".join(
-        f"{key} {_value_text(value)}" for key, value in values.items() if is_number(value)
-    )
-    hint = f"trial {number}: {listed}\n{config_text(trial['config'])}"
-    if number == search.get("best"):
-        return Mark(x, values[quality], hint, "dot chosen", "chosen")
-    style = "dot small front" if number in (search.get("pareto") or ()) else "dot small trial"
-    return Mark(x, values[quality], hint, style)
-
-
-def _value_text(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.5g}"
 
 
 def stage_times(run: RunData) -> Figure | None:

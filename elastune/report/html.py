@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from elastune.report import overview, sections
+from elastune.report import overview, search_section, sections
 from elastune.report.load import RunData, load_run
 from elastune.report.predictions import predictions
 from elastune.report.results import System, systems, with_average
@@ -49,7 +49,7 @@ def render(run: RunData) -> str:
         for part in (
             overview.heading(run, rows),
             overview.results(run, rows),
-            sections.search(run, rows),
+            search_section.search(run, rows),
             sections.training(run),
             sections.sparsity(run),
             predictions(run),
@@ -65,7 +65,9 @@ def render(run: RunData) -> str:
 def _page(title: str, body: str) -> str:
     here = files("elastune.report")
     style = here.joinpath("style.css").read_text(encoding="utf-8")
-    script = here.joinpath("script.js").read_text(encoding="utf-8")
+    script = "".join(
+        here.joinpath(name).read_text(encoding="utf-8") for name in ("script.js", "search.js")
+    )
     lines: Iterable[str] = (
         "<!doctype html>",
         '<html lang="en">',

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from elastune.report.quantities import is_number
+
 NUMBERED = re.compile(r"^(?:.*?\.)?(\d+)\.(.+)$")
 
 
@@ -85,3 +87,25 @@ def _runs(values: list[Any]) -> str:
         else:
             runs.append((value, 1))
     return " ".join(str(value) if count == 1 else f"{value} x{count}" for value, count in runs)
+
+
+def largest_choices(
+    space: Mapping[str, Any] | None, configs: Iterable[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Return the largest choice of each dim of ``space.json``; without it, that the configs use."""
+    if space is not None:
+        tops = {dim["name"]: [c for c in dim["choices"] if is_number(c)] for dim in space["dims"]}
+        return {name: max(choices) for name, choices in tops.items() if choices}
+    found: dict[str, float] = {}
+    for config in configs:
+        for dim, choice in config.items():
+            if is_number(choice):
+                found[dim] = max(found.get(dim, 0), choice)
+    return found
+
+
+def share_of(choice: Any, top: float | None) -> float:
+    """Return a choice as a part of the largest one."""
+    if is_number(choice) and top:
+        return float(choice) / top
+    return 1.0 if choice else 0.0

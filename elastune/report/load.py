@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,17 @@ DIM_FIELDS: dict[str, Any] = {"name": str, "kind": str, "choices": list, "module
 GENERATED_FIELDS: dict[str, Any] = {"points": list, "removed_blocks": list, "made_from": dict}
 POINT_FIELDS: dict[str, Any] = {"target": Number, "cost": Number, "config": dict}
 TRIAL_FIELDS: dict[str, Any] = {"number": int, "config": dict, "values": dict}
+TRIAL_OPTIONS: dict[str, Any] = {"measured": dict, "dropped": bool, "equivalents": Number}
+ABOUT_FIELDS: dict[str, Any] = {
+    "algorithm": str,
+    "seconds": Number,
+    "equivalents": Number,
+    "examples": int,
+    "limits": list,
+    "bounds": dict,
+    "additivity": dict,
+    "random": list,
+}
 STEP_FIELDS: dict[str, Any] = {"step": int, "loss": Number}
 OTHER_FIELDS: dict[str, Any] = {
     "metric": str,
@@ -269,10 +280,18 @@ def _read_search(path: Path) -> dict[str, Any] | None:
     search = read_json(path)
     if search is not None:
         check_fields(search, {"trials": list}, str(path))
-        check_optional(search, {"pareto": list, "best": int}, str(path))
-        for number, trial in enumerate(search["trials"]):
-            check_fields(trial, TRIAL_FIELDS, f"{path}, trial {number}")
+        check_optional(search, {"pareto": list, "best": int, "about": dict}, str(path))
+        about = search.get("about") or {}
+        check_optional(about, ABOUT_FIELDS, f"{path}, about")
+        _check_trials(search["trials"], f"{path}, trial")
+        _check_trials(about.get("random") or (), f"{path}, random trial")
     return search
+
+
+def _check_trials(trials: Sequence[Any], where: str) -> None:
+    for number, trial in enumerate(trials):
+        check_fields(trial, TRIAL_FIELDS, f"{where} {number}")
+        check_optional(trial, TRIAL_OPTIONS, f"{where} {number}")
 
 
 def _read_curve(path: Path) -> Curve | None:

@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastune.errors import BadArtifact
-from elastune.report.layers import grid, uniform_text
+from elastune.report.layers import grid, largest_choices, share_of, uniform_text
 from elastune.report.load import RunData
 from elastune.report.markup import Figure
 from elastune.report.plots import Bar, bar_chart, heatmap, opacity_of
-from elastune.report.quantities import is_number
 from elastune.report.results import System
 
 
 def subnet_map(run: RunData, rows: Sequence[System]) -> Figure | None:
     """Draw what each sub-network keeps, layer by layer; uniform ones are told in words."""
-    configs = {row.name: row.config for row in rows if row.config and not row.baseline}
+    configs = {
+        row.name: row.config for row in rows if row.config and not row.baseline and not row.on_front
+    }
     if not configs:
         return None
     words = {name: uniform_text(config) for name, config in configs.items()}
@@ -26,7 +27,7 @@ def subnet_map(run: RunData, rows: Sequence[System]) -> Figure | None:
     drawn = {name: configs[name] for name, word in words.items() if word is None}
     if not drawn:
         return Figure("Sub-networks", "", "; ".join(f"{n}: {w}" for n, w in words.items()) + ".")
-    tops = _largest_choices(run, configs.values())
+    tops = largest_choices(run.space, configs.values())
     labels: list[str] = []
     gaps: list[int] = []
     layers: set[int] = set()
@@ -37,7 +38,7 @@ def subnet_map(run: RunData, rows: Sequence[System]) -> Figure | None:
         labels += [f"{name} {role}" for role in roles]
         layers.update(numbers)
         for (role, layer), (dim, choice) in values.items():
-            share = _share(choice, tops.get(dim))
+            share = share_of(choice, tops.get(dim))
             cells[f"{name} {role}", layer] = (share, f"{name}, {dim}: {choice}")
     if not cells:
         return None
@@ -60,25 +61,6 @@ def subnet_map(run: RunData, rows: Sequence[System]) -> Figure | None:
 
 def _heat_key(share: float, words: str) -> tuple[str, str, str]:
     return "heat", f"{opacity_of(share):.2f}", words
-
-
-def _largest_choices(run: RunData, configs: Any) -> dict[str, float]:
-    if run.space is not None:
-        dims = run.space["dims"]
-        tops = {dim["name"]: [c for c in dim["choices"] if is_number(c)] for dim in dims}
-        return {name: max(choices) for name, choices in tops.items() if choices}
-    found: dict[str, float] = {}
-    for config in configs:
-        for dim, choice in config.items():
-            if is_number(choice):
-                found[dim] = max(found.get(dim, 0), choice)
-    return found
-
-
-def _share(choice: Any, top: float | None) -> float:
-    if is_number(choice) and top:
-        return float(choice) / top
-    return 1.0 if choice else 0.0
 
 
 def choice_draws(run: RunData) -> Figure | None:

@@ -22,18 +22,22 @@ def section(name: str, body: str) -> str:
     return f"<section><h2>{name}</h2>{body}</section>" if body else ""
 
 
-def figure_grid(drawn: Sequence[Figure | None]) -> str:
-    """Write figures side by side, with captions and legends."""
-    written = "".join(_figure(figure) for figure in drawn if figure is not None)
+def figure_grid(drawn: Sequence[Figure | None], first: str = "") -> str:
+    """Write figures side by side, with captions and legends; ``first`` is markup of one before."""
+    written = first + "".join(_figure(figure) for figure in drawn if figure is not None)
     return f'<div class="figures">{written}</div>' if written else ""
 
 
 def _figure(figure: Figure) -> str:
     note = f'<span class="note">{escape(figure.note)}</span>' if figure.note else ""
-    legend = "".join(f"<span>{_key(*entry)}</span>" for entry in figure.legend)
-    legend = f'<div class="legend">{legend}</div>' if legend else ""
     caption = f"<figcaption><h3>{escape(figure.title)}</h3>{note}</figcaption>"
-    return f"<figure>{caption}{legend}{figure.svg}</figure>"
+    return f"<figure>{caption}{legend_markup(figure.legend)}{figure.svg}</figure>"
+
+
+def legend_markup(entries: Sequence[tuple[str, str, str]]) -> str:
+    """Write a legend from (kind, style, text); nothing where it has no entries."""
+    written = "".join(f"<span>{_key(*entry)}</span>" for entry in entries)
+    return f'<div class="legend">{written}</div>' if written else ""
 
 
 def _key(kind: str, style: str, words: str) -> str:
@@ -41,6 +45,8 @@ def _key(kind: str, style: str, words: str) -> str:
     shapes = {
         "line": f'<line class="line {style}" x1="0" x2="18" y1="6" y2="6"/>',
         "dot": f'<circle class="dot {style}" cx="9" cy="6" r="4.5"/>',
+        "strand": f'<line class="{style}" x1="0" x2="18" y1="6" y2="6"/>',
+        "cross": f'<path class="{style}" transform="translate(9 6)" d="M-3.5-3.5l7 7m0-7l-7 7"/>',
         "heat": f'<rect class="heat" fill-opacity="{style}" width="18" height="12" rx="2"/>',
     }
     shape = shapes.get(kind)

@@ -104,13 +104,7 @@ def scatter_chart(
     if line:
         straight = path([(frame.x(x), frame.y(y)) for x, y in line])
         parts.append(tag("polyline", class_="leader straight", points=straight))
-    corners: list[tuple[float, float]] = []
-    for x, y in front:
-        if corners:
-            corners.append((frame.x(x), corners[-1][1]))
-        corners.append((frame.x(x), frame.y(y)))
-    if corners:
-        parts.append(tag("polyline", class_="line front", points=path(corners)))
+    parts.append(staircase(front, frame))
     for mark in marks:
         x, y = frame.x(mark.x), frame.y(mark.y)
         if mark.error:
@@ -118,11 +112,21 @@ def scatter_chart(
             parts.append(tag("line", class_=f"error {mark.style}", x1=x, x2=x, **ends))
         radius = next((r for style, r in RADII.items() if style in mark.style), 4.5)
         parts.append(tag("circle", tip(mark.tip), class_=mark.style, cx=x, cy=y, r=radius))
-    parts += _labels(marks, frame)
+    parts += labels(marks, frame)
     return drawing(frame.height, title, *parts)
 
 
-def _labels(marks: Sequence[Mark], frame: Frame) -> list[str]:
+def staircase(front: Sequence[tuple[float, float]], frame: Frame) -> str:
+    """Draw a Pareto front, given from left to right; nothing where it has no points."""
+    corners: list[tuple[float, float]] = []
+    for x, y in front:
+        if corners:
+            corners.append((frame.x(x), corners[-1][1]))
+        corners.append((frame.x(x), frame.y(y)))
+    return tag("polyline", class_="line front", points=path(corners)) if corners else ""
+
+
+def labels(marks: Sequence[Mark], frame: Frame) -> list[str]:
     """Place each label at the first spot near its point that covers no other label or point."""
     dots = [(frame.x(mark.x), frame.y(mark.y)) for mark in marks]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]

@@ -27,6 +27,19 @@ def count_texts(counts: Sequence[int]) -> tuple[str, list[str]]:
     return prefix, [f"{count / divisor:,.{decimals}f}" for count in counts]
 
 
+def cost_texts(cost: str, values: Sequence[float | None]) -> tuple[str, list[str]]:
+    """Format a column of one cost: (unit prefix, texts), a dash for what is not known.
+
+    Milliseconds (names that end so) keep their unit, counts share an SI prefix.
+    """
+    known = [value for value in values if value is not None]
+    divisor, prefix = (1.0, "") if cost.endswith("_ms") else common_unit(known)
+    decimals = 0 if divisor == 1 and not cost.endswith("_ms") else 2
+    return prefix, [
+        DASH if value is None else f"{value / divisor:,.{decimals}f}" for value in values
+    ]
+
+
 def score_text(
     score: float, *, percent: bool, beside: float | None = None, decimals: int | None = None
 ) -> str:

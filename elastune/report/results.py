@@ -19,7 +19,11 @@ BASELINES = (
 )
 ALONE = "alone-"
 """Begins the names of sub-networks that were trained by themselves."""
-RESULTS = ("largest", "heuristic", "smallest", "best")
+FRONT = "front-"
+"""Begins the names of sub-networks that were scored for being on the Pareto front of a search."""
+RANDOM_BEST = "random-best"
+"""The best of a few random sub-networks, scored as what luck alone finds."""
+RESULTS = ("largest", "heuristic", "smallest", RANDOM_BEST, "best")
 ORDER = BASELINES + RESULTS
 # What a sub-network must beat, first found.
 REFERENCES = ("sparse+lora", "dense+lora", "lora", "dense+full")
@@ -119,6 +123,11 @@ class System:
     def baseline(self) -> bool:
         """Whether this is a baseline rather than a sub-network of the super-network."""
         return self.name in BASELINES or self.name.startswith(ALONE)
+
+    @property
+    def on_front(self) -> bool:
+        """Whether this is only scored for being on the front of the search."""
+        return self.name.startswith(FRONT)
 
     @property
     def trained(self) -> bool:

@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from html import escape
 
 import yaml
 
-from elastune.report import figures, maps, space_map
+from elastune.report import figures, maps
 from elastune.report.load import RunData
+from elastune.report.loading import load_code
 from elastune.report.markup import figure_grid, section
-from elastune.report.quantities import one_line
-from elastune.report.results import System
-
-HEADS = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-}
-
-
-def search(run: RunData, rows: Sequence[System]) -> str:
-    """Write the space where it was generated, the search, and the sub-networks by layer."""
-    drawn = [*space_map.space_figures(run), figures.search_scatter(run), maps.subnet_map(run, rows)]
-    return section("Search and sub-networks", figure_grid(drawn))
 
 
 def training(run: RunData) -> str:
@@ -44,30 +28,9 @@ def loading(run: RunData) -> str:
     if not run.subnets:
         return ""
     name = "best" if "best" in run.subnets else next(iter(run.subnets))
-    folder = json.dumps(str(run.path / "subnets" / name), ensure_ascii=False)
-    base_path = str(run.path / "base")
-    if run.architecture is None and run.recipe and run.recipe.get("model"):
-        base_path = one_line(run.recipe["model"])
-    base = json.dumps(base_path, ensure_ascii=False)
-    ends = ((end, auto) for end, auto in HEADS.items() if (run.architecture or "").endswith(end))
-    auto = next(ends, ("", "AutoModelForCausalLM" if run.architecture is None else "AutoModel"))[1]
-    imports = f"from transformers import {auto}, AutoTokenizer\n\n"
-    if run.subnets[name] == "peft":
-        code = (
-            f"from peft import PeftModel\n{imports}"
-            f"model = {auto}.from_pretrained({base})\n"
-            f"model = PeftModel.from_pretrained(model, {folder})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
-        )
-    else:
-        own_code = ", trust_remote_code=True" if run.subnets[name] == "own-code" else ""
-        code = (
-            f"{imports}model = {auto}.from_pretrained({folder}{own_code})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({folder}{own_code})\n"
-        )
     others = [other for other in run.subnets if other != name]
     note = f"Also extracted: {', '.join(others)}." if others else ""
-    markup = f"<pre><code>{escape(code)}</code></pre>"
+    markup = f"<pre><code>{escape(load_code(run, name))}</code></pre>"
     return section(
         "Load the result", markup + (f'<p class="note">{escape(note)}</p>' if note else "")
     )

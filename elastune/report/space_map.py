@@ -23,11 +23,11 @@ _TALL = 18.0
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """A half of one layer in one point; None where the whole block is left out."""
+class Cell:
+    """What one layer keeps of ``full``; None where the whole block is left out."""
 
-    size: int | None
-    full: int
+    size: float | None
+    full: float
     hint: str
 
 
@@ -48,8 +48,8 @@ def space_figures(run: RunData) -> list[Figure | None]:
         if all(cell.size == cell.full for cell in cells):
             drawn.append(Figure(title, "", f"Every point keeps all {noun} of every layer."))
             continue
-        svg = _map(labels, layers, rows, f"{noun} by point and layer")
-        drawn.append(Figure(title, svg, _note(made, points), _legend(cells)))
+        svg = cell_map(labels, layers, rows, f"{noun} by point and layer")
+        drawn.append(Figure(title, svg, _note(made, points), cell_legend(cells)))
     return drawn
 
 
@@ -67,7 +67,7 @@ def _note(made: Mapping[str, Any], points: Sequence[Any]) -> str:
 
 def _rows(
     made: Mapping[str, Any], points: Sequence[Mapping[str, Any]], part: str
-) -> tuple[list[int], list[list[_Cell]]]:
+) -> tuple[list[int], list[list[Cell]]]:
     """Return the numbers of the full model's layers that have this half, and a row a point."""
     sizes = made["made_from"]["full_sizes"]
     full = {}
@@ -86,15 +86,18 @@ def _rows(
             is_out = layer in removed or config.get(f"{place}.block", 1) == 0
             kept = "the layer is left out" if is_out else f"{size} of {full[layer]}"
             hint = f"{_label(point)}, layer {layer} {part}: {kept}"
-            row.append(_Cell(None if is_out else size, full[layer], hint))
+            row.append(Cell(None if is_out else size, full[layer], hint))
         rows.append(row)
     return sorted(full), rows
 
 
-def _map(
-    labels: Sequence[str], layers: Sequence[int], rows: Sequence[Sequence[_Cell]], title: str
+def cell_map(
+    labels: Sequence[str], layers: Sequence[int], rows: Sequence[Sequence[Cell]], title: str
 ) -> str:
-    """Draw the cells; a dash stands for a half that is absent, a cross for a block left out."""
+    """Draw a row for each label and a column for each layer.
+
+    A dash stands for what is absent from a block, a cross for a block that is left out.
+    """
     left = 12 + CHARACTER_WIDTH * max(map(len, labels))
     wide = min((WIDTH - left - 8) / len(layers), 40.0)
     y, parts = 6.0, []
@@ -112,7 +115,7 @@ def _map(
     return drawing(y + 24, title, *parts)
 
 
-def _cell(cell: _Cell, x: float, y: float, wide: float) -> str:
+def _cell(cell: Cell, x: float, y: float, wide: float) -> str:
     box = {"x": x, "y": y, "width": wide, "height": _TALL - 1}
     hint = tip(cell.hint)
     if cell.size:
@@ -130,13 +133,16 @@ def _cell(cell: _Cell, x: float, y: float, wide: float) -> str:
     )
 
 
-def _legend(cells: Sequence[_Cell]) -> tuple[tuple[str, str, str], ...]:
+def cell_legend(
+    cells: Sequence[Cell], absent: str = "half absent"
+) -> tuple[tuple[str, str, str], ...]:
+    """Return the legend of the marks that `cell_map` draws these cells with."""
     legend = [
         ("heat", f"{opacity_of(share):.2f}", f"{100 * share:.0f} %") for share in (1.0, 0.5, 0.05)
     ]
     legend.append(("text", "", "of all"))
     if any(cell.size == 0 for cell in cells):
-        legend.append(("text", "", f"{DASH} half absent"))
+        legend.append(("text", "", f"{DASH} {absent}"))
     if any(cell.size is None for cell in cells):
         legend.append(("text", "", f"{TIMES} layer left out"))
     return tuple(legend)

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elastune.report.layers import by_role
-from elastune.report.quantities import DASH, SUPERSCRIPT, TIMES, count_texts
+from elastune.report.quantities import DASH, SUPERSCRIPT, TIMES, cost_texts, count_texts
 from elastune.report.results import (
     AVERAGE,
     Column,
@@ -23,6 +23,7 @@ from elastune.report.results import (
     systems,
     with_average,
 )
+from elastune.report.trials import COST_TITLES, dims_of, from_search
 
 _WIDE = 9
 """Columns above which a terminal's table has tasks as rows."""
@@ -208,6 +209,42 @@ def markdown_table(metrics: Mapping[str, Any]) -> str:
 
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def search_table(search: Mapping[str, Any], names: Mapping[int, str] | None = None) -> Table:
+    """Make a terminal table of a search's Pareto front: a row a member, cheapest first.
+
+    Columns: the trial, its quality, and each cost that is known of a member, beside the objective
+    in per cent of the largest sub-network that was tried. The best is bold.
+
+    Args:
+        search: what `SearchResult.to_dict` returns, or the content of ``search/trials.json``.
+        names: of trials, by their number.
+    """
+    found = from_search(search, dims_of(None, [trial["config"] for trial in search["trials"]]))
+    front = found.front if found is not None else []
+    title = f"Pareto front: {len(front)} of {len(search['trials'])} trials"
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("trial", no_wrap=True)
+    if found is None or not front:
+        return table
+    table.add_column(found.quality, justify="right")
+    made: list[tuple[list[str], list[float | None]]] = []
+    for cost in (name for name in found.costs if any(name in p.costs for p in front)):
+        prefix, texts = cost_texts(cost, [point.costs.get(cost) for point in front])
+        shares = [found.relative(cost, point.costs.get(cost)) for point in front]
+        unit = f"\n({prefix})" if prefix else ""
+        table.add_column(Text(COST_TITLES[cost] + unit), justify="right")
+        made.append((texts, shares if cost == found.cost else [None] * len(front)))
+    for place, point in enumerate(front):
+        name = (names or {}).get(point.number)
+        cells = [f"{point.number} {name}" if name else str(point.number), f"{point.quality:.4f}"]
+        for texts, shares in made:
+            share = shares[place]
+            cells.append(texts[place] if share is None else f"{texts[place]} {100 * share:5.1f} %")
+        style = "bold" if point is found.best else ""
+        table.add_row(*(Text(cell, style=style) for cell in cells))
+    return table
 
 
 def sparsity_table(sparsity: Mapping[str, Any]) -> Table:

@@ -47,14 +47,15 @@ def reference(rows: Sequence[System]) -> System | None:
 
 
 def opponents(rows: Sequence[System]) -> list[tuple[System, System]]:
-    """Pair up what is compared: every sub-network with the reference baseline.
+    """Pair up what is compared: every named sub-network with the reference baseline.
 
-    In a run of baselines alone, what was trained with what it started from, and then LoRA with
-    the training of all weights.
+    Members of the front are left out: so many comparisons find differences by chance. In a run
+    of baselines alone, what was trained with what it started from, and then LoRA with the training
+    of all weights.
     """
     against = reference(rows)
     if against is not None:
-        return [(row, against) for row in rows if not row.baseline]
+        return [(row, against) for row in rows if not row.baseline and not row.on_front]
     if any(not row.baseline for row in rows):
         return []
     named = {row.name: row for row in rows}

@@ -15,14 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from elastune.allocate import Losses
 from elastune.errors import BadRecipe, ElastuneError, nearest
+from elastune.search.limits import Range, resolve, violation
 from elastune.space import SearchSpace, SubnetConfig
 
 Objective = Callable[[SubnetConfig], Mapping[str, float]]
 """Configuration -> named values, all to be minimised; the first is the quality."""
-
-Losses = Mapping[str, Mapping[int, float]]
-"""Dim -> choice -> increase of the loss when this choice alone differs from the base."""
 
 BROKEN_WAY_OUT = "dtype=float32, or training again with a lower learning rate"
 
@@ -105,8 +104,8 @@ class Known:
     reference_points: tuple[tuple[float, ...], ...] = ()
 
 
-Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator, Known], SubnetConfig]
-"""(space, history, rng, known) -> a configuration that is not in the history.
+Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator, Known], SubnetConfig | None]
+"""(space, history, rng, known) -> a configuration that is not in the history; None: no more.
 
 The history holds failed trials, and those that other workers are measuring now (both are
 ``failed``): they are not to be proposed again, and have no values.
@@ -121,21 +120,25 @@ class SearchResult:
 
     def best(
         self,
-        limits: Mapping[str, float] | None = None,
+        limits: Mapping[str, float | Range] | str | Sequence[str] | None = None,
         *,
         costs: Objective | None = None,
+        references: Mapping[str, Mapping[str, float]] | None = None,
     ) -> Trial:
         """Return the trial of the best quality; of equals, the cheapest, then the earliest.
 
         Args:
-            limits: name of a value -> the most that it may be, such as ``{"params": 2e6}``; in the
-                value's own unit.
+            limits: as text, such as ``"params<=2M"`` or ``["params<=60%", "macs<=1G"]``; or name
+                of a value -> the most, or the least and the most, that it may be, such as
+                ``{"params": 2e6}``; in the value's own unit.
             costs: counts the values that trials do not hold, such as
                 ``lambda config: vars(cost_model(config))``.
+            references: system -> name of a value -> what it has, for limits such as ``60%``.
 
         Raises:
             ElastuneError: nothing was tried, or all trials failed.
-            BadRecipe: no trial keeps the limits; a limit on an unknown value, or that is NaN.
+            BadRecipe: no trial keeps the limits; a limit on an unknown value, or that is NaN; a
+                text that is no limit.
         """
         if not self.trials:
             raise ElastuneError("the search tried nothing", try_="search.trials of at least 1")
@@ -146,8 +149,20 @@ class SearchResult:
                 try_=BROKEN_WAY_OUT,
             )
         if limits:
-            valid = _within(valid, limits, costs)
+            valid = _within(valid, _ranges(limits, references), costs)
         return min(valid, key=_rank)
+
+    def best_within(self, limits: Mapping[str, Range]) -> Trial:
+        """Return the best trial within limits; where there is none, the one that misses them least.
+
+        Raises:
+            ElastuneError: nothing was tried, or all trials failed.
+        """
+        best = self.best()
+        whole = [trial for trial in self.trials if not trial.failed and not trial.dropped]
+        if not limits:
+            return best
+        return min(whole, key=lambda t: (violation({**t.measured, **t.values}, limits), *_rank(t)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: trials, numbers of the Pareto front, number of the best.
@@ -158,7 +173,14 @@ class SearchResult:
         return {
             "schema": 1,
             "trials": [
-                {"number": t.number, "config": dict(t.config), "values": _or_null(t.values)}
+                {
+                    "number": t.number,
+                    "config": dict(t.config),
+                    "values": _or_null(t.values),
+                    "measured": _or_null(t.measured),
+                    "dropped": t.dropped,
+                    "equivalents": t.equivalents,
+                }
                 for t in self.trials
             ],
             "pareto": [trial.number for trial in front],
@@ -170,7 +192,14 @@ class SearchResult:
         """Read back what `to_dict` returned."""
         return cls(
             tuple(
-                Trial(row["number"], SubnetConfig(row["config"]), _or_nan(row["values"]))
+                Trial(
+                    row["number"],
+                    SubnetConfig(row["config"]),
+                    _or_nan(row["values"]),
+                    _or_nan(row.get("measured", {})),
+                    row.get("dropped", False),
+                    equivalents=row.get("equivalents", 1.0),
+                )
                 for row in data["trials"]
             )
         )
@@ -209,31 +238,62 @@ def _rank(trial: Trial) -> tuple[float, ...]:
     return (*trial.values.values(), trial.number)
 
 
+def _ranges(
+    limits: Mapping[str, float | Range] | str | Sequence[str],
+    references: Mapping[str, Mapping[str, float]] | None,
+) -> dict[str, Range]:
+    """Return limits in any form as the least and the most."""
+    if not isinstance(limits, Mapping):
+        return resolve(limits, references)
+    return {
+        name: limit if isinstance(limit, tuple) else (-math.inf, limit)
+        for name, limit in limits.items()
+    }
+
+
 def _within(
-    trials: Sequence[Trial], limits: Mapping[str, float], costs: Objective | None
+    trials: Sequence[Trial], limits: Mapping[str, Range], costs: Objective | None
 ) -> list[Trial]:
-    """Return the trials none of whose limited values is above its limit."""
-    tables = [trial.values for trial in trials]
+    """Return the trials whose limited values are all within their limits."""
+    tables = [{**trial.measured, **trial.values} for trial in trials]
     if costs is not None and not set(limits) <= set(tables[0]):
-        tables = [{**costs(trial.config), **trial.values} for trial in trials]
-    for name, limit in limits.items():
+        pairs = zip(trials, tables, strict=True)
+        tables = [{**costs(trial.config), **table} for trial, table in pairs]
+    for name, (low, high) in limits.items():
         if name not in tables[0]:
             raise BadRecipe(
                 f"no limit can be set on {name!r}{nearest(name, tables[0])}; "
                 f"trials have {', '.join(tables[0])}"
             )
-        if math.isnan(limit):
-            raise BadRecipe(f"the limit on {name} must be a number, got {limit}")
-    pairs = zip(trials, tables, strict=True)
-    kept = [trial for trial, table in pairs if all(table[n] <= limits[n] for n in limits)]
+        if math.isnan(low) or math.isnan(high):
+            raise BadRecipe(f"the limit on {name} must be a number, got nan")
+    kept = [
+        trial
+        for trial, table in zip(trials, tables, strict=True)
+        if all(low <= table.get(name, math.nan) <= high for name, (low, high) in limits.items())
+    ]
     if not kept:
-        wanted = " and ".join(f"{name} <= {limit:.10g}" for name, limit in limits.items())
-        least = ", ".join(f"{name} {min(t[name] for t in tables):.10g}" for name in limits)
         raise BadRecipe(
-            f"none of the {len(trials)} trials has {wanted}; the smallest found: {least}",
+            f"none of the {len(trials)} trials has {_nearest_found(tables, limits)}",
             try_="larger limits, more trials, or smaller choices in the search space",
         )
     return kept
+
+
+def _nearest_found(tables: Sequence[Mapping[str, float]], limits: Mapping[str, Range]) -> str:
+    """Return the limits in words, and how near to each the trials came."""
+    wanted, least, most = [], [], []
+    for name, (low, high) in limits.items():
+        values = [table[name] for table in tables if name in table]
+        if high < math.inf:
+            wanted.append(f"{name} <= {high:.10g}")
+            least.append(f"{name} {min(values):.10g}")
+        if low > -math.inf:
+            wanted.append(f"{name} >= {low:.10g}")
+            most.append(f"{name} {max(values):.10g}")
+    found = [("smallest", least), ("largest", most)]
+    reached = [f"the {which} found: {', '.join(names)}" for which, names in found if names]
+    return "; ".join([" and ".join(wanted), *reached])
 
 
 def _or_null(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -1,132 +1,383 @@
-"""Trials on disk: an Optuna study whose trials carry the configuration as one attribute.
+"""Trials in an Optuna study: each carries its configuration as one attribute.
 
 Optuna's own parameters cost a row each (about 1.5 s a trial at 210 dims); one JSON attribute costs
-milliseconds, and the journal still opens in Optuna's dashboard.
+milliseconds, and the study still opens in Optuna's dashboard.
+
+A worker that is about to try something opens a *ticket*: a running trial of the study. Tickets are
+numbered by the storage, which makes them the one thing that workers agree on. A ticket without
+values that has failed is *abandoned*: it does not count, and its configuration is tried again.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from elastune.errors import BadArtifact, InvalidSubnet
-from elastune.search.base import Trial
+from elastune.errors import BadArtifact, ElastuneError, InvalidSubnet
+from elastune.search.base import Measurement, Trial
+from elastune.search.storages import open_storage
+from elastune.search.workers import GRACE_SECONDS, Worker
 from elastune.space import SubnetConfig
 
-_STUDY = "elastune"
+_CONFIG, _WORKER, _BEAT = "config", "worker", "beat"
 _VALUES = "values"  # attribute of failed trials
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
+_RESULT = "result"  # what is known besides the values
+_OUTCOMES = "outcomes"
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, InvalidSubnet)
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A trial of the study, whatever has become of it.
+
+    Attributes:
+        number: the study's; abandoned tickets have one, too.
+        trial: None before it has a configuration. Its values are NaN while it is measured.
+        running: somebody works on it.
+        worker: who.
+        beat: changes with every sign of life.
+    """
+
+    number: int
+    trial: Trial | None
+    running: bool
+    worker: Worker | None = None
+    beat: object = None
+
+
+@dataclass(frozen=True)
+class Board:
+    """All tickets at one moment.
+
+    Attributes:
+        live: running or finished, in the order of their numbers.
+        dropped: configurations of abandoned tickets, in this order.
+    """
+
+    live: tuple[Ticket, ...]
+    dropped: tuple[SubnetConfig, ...]
+
+    @cached_property
+    def running(self) -> tuple[Ticket, ...]:
+        """The tickets that somebody works on."""
+        return tuple(ticket for ticket in self.live if ticket.running)
+
+    @cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """The live tickets that have a configuration."""
+        return tuple(ticket.trial for ticket in self.live if ticket.trial is not None)
+
+    @cached_property
+    def orphans(self) -> tuple[SubnetConfig, ...]:
+        """The configurations that nobody works on any more, and nobody has measured."""
+        if not self.dropped:
+            return ()
+        taken = {trial.config for trial in self.trials}
+        return tuple(config for config in dict.fromkeys(self.dropped) if config not in taken)
+
+    def before(self, place: int) -> Board:
+        """Return the board without the live tickets from a place on."""
+        return Board(self.live[:place], self.dropped)
+
+    def place(self, worker: Worker) -> int | None:
+        """Return how many live tickets stand before the one that a worker has open, if any."""
+        places = (place for place, ticket in enumerate(self.live) if ticket.running)
+        return next((place for place in places if self.live[place].worker == worker), None)
 
 
 class TrialStore:
     """The history of one search, kept through kills and shared by workers.
 
     Args:
-        path: of the journal file.
+        storage: path of a journal file, URL of a database, or None for memory.
         values: names of the objectives, all minimised; the first is the quality.
+        study: name of the search in a storage of several.
+        limits: name of a value -> the least and the most that it may be, for `Trial.violation`.
 
     Raises:
         BadArtifact: the journal cannot be read, or belongs to other objectives.
+        BadRecipe: the database cannot be reached, or its driver is missing.
     """
 
-    def __init__(self, path: Path, values: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        storage: Path | str | None,
+        values: tuple[str, ...],
+        *,
+        study: str = "elastune",
+        limits: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
         self.values = values
-        _cut_torn_line(path)
-        with self._reading():
-            storage = JournalStorage(JournalFileBackend(str(path)))
-            self._study = optuna.create_study(
-                storage=storage,
-                study_name=_STUDY,
-                directions=["minimize"] * len(values),
+        self._limits = dict(limits or {})
+        self._finished: dict[int, Ticket] = {}
+        self._signs: dict[int, tuple[object, float]] = {}
+        self._open: int | None = None  # Optuna's id of the worker's own ticket
+        self.name, self.way_out = f"search journal {storage}", "delete it"
+        with self._talking():
+            self._opened = open_storage(storage)
+            self._storage = self._opened.storage
+            self.name, self.way_out = self._opened.name, self._opened.way_out
+        try:
+            self._load(study)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, study_name: str) -> None:
+        """Load the study, or make it."""
+        with self._talking():
+            study = optuna.create_study(
+                storage=self._storage,
+                study_name=study_name,
+                directions=["minimize"] * len(self.values),
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(),
             )
-            names = self._study.user_attrs.get("values")
-            is_new = names is None and not self._study.get_trials(deepcopy=False)
-        if is_new:
-            self._study.set_user_attr("values", list(values))
-        elif names != list(values):
+            self._study_id = self._storage.get_study_id_from_name(study_name)
+            names = study.user_attrs.get("values")
+            is_new = names is None and not study.get_trials(deepcopy=False)
+            if is_new:
+                study.set_user_attr("values", list(self.values))
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", ExperimentalWarning)
+                    study.set_metric_names(list(self.values))
+        if not is_new and names != list(self.values):
             raise BadArtifact(
-                f"{path} was made for other objectives: {names or 'unknown'}", try_="delete it"
+                f"the {self.name} was made for other objectives: {names or 'unknown'}",
+                try_=self.way_out,
             )
 
+    @property
+    def shared(self) -> bool:
+        """Whether other processes can see it."""
+        return self._opened.shared
+
+    def close(self) -> None:
+        """Give back connections."""
+        self._opened.close()
+
     @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Name the journal in whatever goes wrong with its content."""
+    def _talking(self) -> Iterator[None]:
+        """Name the storage in whatever goes wrong with it."""
         try:
             yield
-        # Optuna replays the lines as they are, so that damage shows as any of these.
-        except (*_DAMAGE, InvalidSubnet) as error:
+        # Optuna replays a journal's lines as they are, so that damage shows as any of these.
+        except _DAMAGE as error:
             raise BadArtifact(
-                f"the search journal {self.path} cannot be read: {error!r}", try_="delete it"
+                f"the {self.name} cannot be read: {error!r}", try_=self.way_out
+            ) from error
+        except StorageInternalError as error:
+            raise ElastuneError(
+                f"the {self.name} does not answer: {error.__cause__ or error}",
+                try_="the same again, once it does: a search goes on where it stopped",
             ) from error
 
+    # --- reading ----------------------------------------------------------------------------------
+
+    def read(self) -> Board:
+        """Return how all tickets stand.
+
+        Raises:
+            BadArtifact: a trial that is none of ours.
+        """
+        live: list[Ticket] = []
+        dropped: list[SubnetConfig] = []
+        with self._talking():
+            for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False):
+                ticket = self._finished.get(frozen.number) or self._ticket(frozen)
+                if not frozen.state.is_finished():
+                    live.append(self._placed(ticket, len(live)))
+                    continue
+                if _is_abandoned(frozen):
+                    if ticket.trial is not None:
+                        dropped.append(ticket.trial.config)
+                else:
+                    ticket = self._placed(ticket, len(live))
+                    live.append(ticket)
+                self._finished[frozen.number] = ticket
+        return Board(tuple(live), tuple(dropped))
+
     def trials(self) -> list[Trial]:
-        """Return the finished trials, numbered from 0 in the order they were finished in.
+        """Return the finished trials, numbered from 0 in the order they were proposed in.
 
         Those that failed are among them.
 
         Raises:
             BadArtifact: a trial that is none of ours.
         """
-        states = (TrialState.COMPLETE, TrialState.FAIL)
-        with self._reading():
-            finished = self._study.get_trials(deepcopy=False, states=states)
-            return [
-                Trial(
-                    number,
-                    SubnetConfig.from_json(trial.user_attrs["config"]),
-                    dict(zip(self.values, _values_of(trial), strict=True)),
-                )
-                for number, trial in enumerate(finished)
-            ]
+        return [t.trial for t in self.read().live if t.trial is not None and not t.running]
 
-    def add(self, config: SubnetConfig, values: Mapping[str, float]) -> None:
-        """Record a finished trial: as failed if a value is NaN or infinite."""
-        ordered = [float(values[name]) for name in self.values]
-        attrs: dict[str, Any] = {"config": config.to_json()}
+    @staticmethod
+    def _placed(ticket: Ticket, number: int) -> Ticket:
+        """Number a ticket's trial among the live ones: earlier ones may have been abandoned."""
+        if ticket.trial is None or ticket.trial.number == number:
+            return ticket
+        return dataclasses.replace(ticket, trial=dataclasses.replace(ticket.trial, number=number))
+
+    def _ticket(self, frozen: FrozenTrial) -> Ticket:
+        attrs = frozen.user_attrs
+        running = not frozen.state.is_finished()
+        worker = Worker.from_dict(attrs.get(_WORKER))
+        if (running or _is_abandoned(frozen)) and _CONFIG not in attrs:
+            return Ticket(frozen.number, None, running, worker, attrs.get(_BEAT))
+        result = attrs.get(_RESULT, {})
+        values = dict(zip(self.values, self._values_of(frozen), strict=True))
+        measured = {name: float(value) for name, value in result.get("measured", {}).items()}
+        trial = Trial(
+            number=-1,
+            config=SubnetConfig.from_json(attrs[_CONFIG]),
+            values=values,
+            measured=measured,
+            dropped=result.get("dropped", False),
+            outcomes=_unpacked(attrs[_OUTCOMES]) if _OUTCOMES in attrs else None,
+            equivalents=result.get("equivalents", 1.0),
+            violation=_violation({**measured, **values}, self._limits),
+        )
+        return Ticket(frozen.number, trial, running, worker, attrs.get(_BEAT))
+
+    def _values_of(self, frozen: FrozenTrial) -> Sequence[float]:
+        if frozen.state == TrialState.COMPLETE:
+            return frozen.values
+        texts = frozen.user_attrs.get(_VALUES) if frozen.state == TrialState.FAIL else None
+        return [math.nan] * len(self.values) if texts is None else [float(text) for text in texts]
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def open_ticket(self, worker: Worker) -> None:
+        """Open a ticket for a worker of this process, who has no other one open."""
+        template = create_trial(state=TrialState.RUNNING, user_attrs={_WORKER: worker.to_dict()})
+        with self._talking():
+            self._open = self._storage.create_new_trial(self._study_id, template)
+
+    def claim(self, config: SubnetConfig) -> bool:
+        """Tell everybody what the open ticket tries; False if the ticket was taken away."""
+        assert self._open is not None
+        with self._talking(), suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(self._open, _CONFIG, config.to_json())
+            return True
+        self._open = None
+        return False
+
+    def finish(self, found: Measurement) -> bool:
+        """Record what the open ticket measures, as failed if a value is NaN or infinite.
+
+        Returns:
+            False if the ticket was taken away: nothing is recorded then.
+        """
+        assert self._open is not None
+        ordered = [float(found.values[name]) for name in self.values]
+        rest = {n: _as_json(float(v)) for n, v in found.values.items() if n not in self.values}
+        attrs: dict[str, Any] = {}
+        if rest or found.dropped or found.equivalents != 1:
+            equivalents = float(found.equivalents)
+            attrs[_RESULT] = {
+                "measured": rest,
+                "dropped": bool(found.dropped),
+                "equivalents": equivalents,
+            }
+        if found.outcomes is not None:
+            attrs[_OUTCOMES] = _packed(found.outcomes)
         failed = not all(map(math.isfinite, ordered))
         if failed:
             # Optuna keeps no values of failed trials, and JSON has no NaN.
             attrs[_VALUES] = [str(value) for value in ordered]
-        self._study.add_trial(
-            optuna.trial.create_trial(
-                state=TrialState.FAIL if failed else TrialState.COMPLETE,
-                values=None if failed else ordered,
-                user_attrs=attrs,
-            )
-        )
+        state = TrialState.FAIL if failed else TrialState.COMPLETE
+        told = False
+        with self._talking(), suppress(UpdateFinishedTrialError):
+            for name, value in attrs.items():
+                self._storage.set_trial_user_attr(self._open, name, value)
+            self._storage.set_trial_state_values(self._open, state, None if failed else ordered)
+            told = True
+        self._open = None
+        return told
+
+    def abandon(self) -> None:
+        """Give up the open ticket, if there is one."""
+        ticket, self._open = self._open, None
+        if ticket is not None:
+            with self._talking(), suppress(UpdateFinishedTrialError):
+                self._storage.set_trial_state_values(ticket, TrialState.FAIL)
+
+    def abandon_dead(self, board: Board) -> bool:
+        """Give up the tickets of workers that are gone; tell whether there were any."""
+        dead = [ticket for ticket in board.running if self._is_dead(ticket)]
+        for ticket in dead:
+            _LOG.info("a worker of the search is gone; its trial is taken up again")
+            # Of several that see it, one is the first; it is finished for the others.
+            with self._talking(), suppress(UpdateFinishedTrialError):
+                number = self._storage.get_trial_id_from_study_id_trial_number(
+                    self._study_id, ticket.number
+                )
+                self._storage.set_trial_state_values(number, TrialState.FAIL)
+        return bool(dead)
+
+    def beat(self) -> None:
+        """Give a sign of life for the open ticket. For another thread than the worker's."""
+        ticket = self._open
+        if ticket is None:
+            return
+        try:
+            self._storage.set_trial_user_attr(ticket, _BEAT, time.time())
+        # The ticket was finished meanwhile, or the storage is away: the worker itself will say so.
+        except Exception as error:
+            _LOG.debug("no sign of life: %r", error)
+
+    def _is_dead(self, ticket: Ticket) -> bool:
+        gone = None if ticket.worker is None else ticket.worker.is_gone()
+        if gone is not None:
+            return gone
+        now = time.monotonic()
+        beat, since = self._signs.get(ticket.number, (None, now))
+        if ticket.number not in self._signs or beat != ticket.beat:
+            self._signs[ticket.number] = (ticket.beat, now)
+            return False
+        return now - since > GRACE_SECONDS
 
 
-def _values_of(trial: FrozenTrial) -> list[float]:
-    if trial.state == TrialState.FAIL:
-        return [float(value) for value in trial.user_attrs[_VALUES]]
-    return trial.values
+def _is_abandoned(frozen: FrozenTrial) -> bool:
+    return frozen.state == TrialState.PRUNED or (
+        frozen.state == TrialState.FAIL and _VALUES not in frozen.user_attrs
+    )
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill left unfinished: the next line would be glued to it."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    lock = JournalFileSymlinkLock(str(path))  # the one that Optuna's writers take
-    lock.acquire()
-    try:
-        content = path.read_bytes()
-        end = content.rfind(b"\n") + 1
-        start = b'{"op_code"'[: len(content)]
-        if end < len(content) and content.startswith(start):
-            with path.open("r+b") as file:
-                file.truncate(end)
-    finally:
-        lock.release()
+def _violation(table: Mapping[str, float], limits: Mapping[str, tuple[float, float]]) -> float:
+    """Return by how much limits are missed, each as a part of itself; absent values miss none."""
+    total = 0.0
+    for name, (low, high) in limits.items():
+        value = table.get(name, math.nan)
+        for excess, limit in ((low - value, low), (value - high, high)):
+            if excess > 0 and math.isfinite(excess):
+                total += excess / (abs(limit) or 1.0)
+    return total
+
+
+def _as_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _packed(outcomes: np.ndarray) -> str:
+    content = np.ascontiguousarray(outcomes, dtype="<f4").tobytes()
+    return base64.b64encode(zlib.compress(content)).decode("ascii")
+
+
+def _unpacked(text: str) -> np.ndarray:
+    content = zlib.decompress(base64.b64decode(text))
+    return np.frombuffer(content, dtype="<f4").astype(np.float32)

@@ -1,0 +1,157 @@
+"""What all commands share: their options, the run they open, how they end and fail."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from elastune.errors import BadRecipe, ElastuneError
+
+if TYPE_CHECKING:
+    from elastune.run import Run
+
+OUT = Console()
+ERR = Console(stderr=True)
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe (.yaml), or a run directory to go on with.", metavar="RECIPE|RUN"
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Run directory; by default runs/<recipe's name>.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Override a setting of the recipe: section.key=value."),
+]
+Update = Annotated[
+    bool, typer.Option("--update", help="Go on in OUT with a changed recipe; redo what it changes.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
+
+
+@contextmanager
+def opened(
+    source: Path, out: Path | None, overrides: list[str] | None, update: bool
+) -> Iterator[Run]:
+    """Open the run directory of a recipe, or the recipe of a run directory."""
+    from elastune.artifacts import RunDirectory
+    from elastune.config import load_recipe
+
+    if source.is_dir():
+        if out is not None and out != source:
+            raise BadRecipe(f"{source} is a run directory already; --out {out} cannot apply")
+        directory = RunDirectory(source)
+        directory.recipe()
+        recipe = load_recipe(directory.recipe_file, overrides or [])
+    else:
+        recipe = load_recipe(source, overrides or [])
+        directory = RunDirectory(out or Path("runs") / source.stem)
+    be_quiet()
+    from elastune.console import ConsoleReporter
+    from elastune.run import Run
+
+    with directory.lock():
+        directory.claim(recipe, update=update)
+        yield Run(directory, recipe, ConsoleReporter(ERR))
+
+
+def checked(work: Run) -> None:
+    """Refuse bad input; from here on the run writes to its folder."""
+    from elastune.check import check
+
+    check(work)
+    work.dir.keep_recipe()
+
+
+def finish(work: Run, as_json: bool) -> None:
+    from elastune.report import metrics_table, write_report
+
+    page = write_report(work.dir.root)
+    metrics = work.dir.metrics()
+    if as_json:
+        show({"report": str(page), **metrics})
+    else:
+        show(metrics_table(metrics))
+        show(f"report: {page}")
+
+
+def show(what: Any) -> None:
+    """Print a table or a line for people, or JSON for machines."""
+    if isinstance(what, dict):
+        sys.stdout.write(json.dumps(what) + "\n")
+    else:
+        OUT.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+
+def be_quiet() -> None:
+    """Keep other libraries' progress bars and notices out of ours."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("elastune").setLevel(logging.INFO)
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn what the user can mend into one message and exit code 2; Ctrl-C into a line."""
+    try:
+        yield
+    except ElastuneError as error:
+        _complain(error.message, error.try_)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        ERR.print("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        reason = _cannot_write(error)
+        if reason is None:
+            raise
+        _complain(
+            f"cannot write: {reason}", "free space or another --out; run again to go on from here"
+        )
+        raise typer.Exit(2) from None
+
+
+def _complain(message: str, way_out: str | None) -> None:
+    ERR.print("[bold red]error:[/] ", end="")
+    ERR.print(message, markup=False, highlight=False, soft_wrap=True)
+    if way_out:
+        ERR.print("[bold]try:[/] ", end="")
+        ERR.print(way_out, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cannot_write(error: BaseException) -> str | None:
+    """Return why a file could not be written, if that is what the error is about."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _CANNOT_WRITE:
+            return str(seen)
+        # safetensors and torch report a full disk by errors of their own.
+        if f"(os error {errno.ENOSPC})" in str(seen):
+            return os.strerror(errno.ENOSPC)
+        seen = seen.__context__
+    return None
+
+
+_CANNOT_WRITE = frozenset(
+    [
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        *(errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
+    ]
+)

@@ -1,0 +1,207 @@
+"""Commands that choose sub-networks, and write them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elastune.cli.frame import (
+    Json,
+    Out,
+    Set,
+    Source,
+    Update,
+    finish,
+    opened,
+    reported,
+    show,
+)
+from elastune.errors import BadRecipe
+from elastune.files import read_json
+
+if TYPE_CHECKING:
+    from elastune.run import Run
+
+_CHOSEN = ("largest", "heuristic", "smallest", "best")
+
+
+def search(
+    source: Source,
+    algorithm: Annotated[
+        str | None, typer.Option(help="auto, nsga2, rnsga2, milp, tpe, hill_climb, random, ...")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Configurations to score in all.")] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(help='What the best must keep, such as "latency<=60%".')
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that search together.")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database that several machines share; else a journal.")
+    ] = None,
+    out: Out = None,
+    set_: Set = None,
+    update: Update = False,
+    json_: Json = False,
+) -> None:
+    """Score sub-networks on the validation examples and choose the best; goes on if it is asked."""
+    given = {
+        "algorithm": algorithm,
+        "trials": trials,
+        "limits": json.dumps(limit) if limit else None,
+        "workers": workers,
+        "storage": storage,
+    }
+    own = [f"search.{name}={value}" for name, value in given.items() if value is not None]
+    # Other settings of the search change no other stage: its trials are gone on from.
+    goes_on = bool(own) and source.is_dir() and not set_
+    with reported(), opened(source, out, [*(set_ or []), *own], update or goes_on) as work:
+        from elastune.budgets import allocate_budgets
+        from elastune.report import search_table
+        from elastune.search_stage import search as search_run
+
+        allocate_budgets(work)
+        result = search_run(work)
+        if not result.trials:
+            show({"best": None} if json_ else "search.trials is 0: nothing was searched")
+            return
+        data = read_json(work.dir.trials)
+        best = data["trials"][data["best"]]
+        if json_:
+            show({"best": best["config"], "values": best["values"], "measured": best["measured"]})
+            return
+        show(search_table(data))
+
+
+def work(
+    source: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+) -> None:
+    """Take part in a search that `elastune search RUN` has begun, as one more process."""
+    with reported():
+        from elastune.artifacts import RunDirectory
+        from elastune.cli.frame import be_quiet
+        from elastune.progress import Reporter
+        from elastune.run import Run
+        from elastune.search_stage import search_as_worker
+
+        be_quiet()
+        directory = RunDirectory(source)
+        search_as_worker(Run(directory, directory.recipe(), Reporter()))
+
+
+def sweep(
+    source: Source,
+    cost: Annotated[str, typer.Option(help="params, macs, block_macs, latency, ...")] = "macs",
+    parts: Annotated[
+        str, typer.Option(help="Parts of the full model's cost.")
+    ] = "0.9,0.8,0.7,0.6,0.5",
+    trials: Annotated[int, typer.Option(help="Most trials that are added for each.")] = 4,
+    json_: Json = False,
+) -> None:
+    """Choose a sub-network for each of a row of budgets, and score them: no training."""
+    with reported(), opened(source, None, None, False) as work:
+        from elastune.measure import measure
+        from elastune.targets import sweep as sweep_run
+
+        found = sweep_run(work, cost, _numbers(parts), trials=trials)
+        measure(work, [target.name for target in found])
+        finish(work, json_)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadRecipe(f"--parts {text!r} must be numbers such as 0.8,0.6,0.5") from None
+
+
+def extract(
+    source: Source,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--config", "-c", help="largest, heuristic, smallest, best, or JSON of dim -> choice."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Folder under RUN/subnets for a JSON configuration.")
+    ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="Of models: auto, hf, hf-padded, hf-hetero."),
+    ] = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="The nearest with blocks alike, for stock classes."),
+    ] = False,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help='Limits, such as "latency<=0.5x": choose the best within them.'),
+    ] = None,
+    trials: Annotated[int, typer.Option(help="Most trials that a target adds.")] = 8,
+    json_: Json = False,
+) -> None:
+    """Write sub-networks under RUN/subnets: stock PEFT adapters, or smaller models."""
+    with reported(), opened(source, None, None, False) as work:
+        from elastune.choose import ONLY_SCORED, chosen, extract_chosen, named_config
+        from elastune.space import SearchSpace
+
+        if target:
+            _extract_target(work, target, name, trials, format_, uniform, json_)
+            return
+        known = chosen(work)
+        space = SearchSpace.from_dict(json.loads(work.dir.space.read_text()))
+        wanted = {}
+        for text in config or [n for n in known if not n.startswith(ONLY_SCORED)]:
+            folder = _folder_name(name) if text.lstrip().startswith("{") else text
+            if folder in wanted:
+                raise BadRecipe(f"two configurations for subnets/{folder}", try_="one at a time")
+            wanted[folder] = known.get(text) or named_config(space, text)
+        written = extract_chosen(work, wanted, format=format_, uniform=uniform)
+        folders = [str(folder) for folder in written]
+        show({"subnets": folders} if json_ else "\n".join(folders))
+
+
+def _extract_target(
+    work: Run,
+    limits: list[str],
+    name: str | None,
+    trials: int,
+    format_: str | None,
+    uniform: bool,
+    as_json: bool,
+) -> None:
+    from elastune.choose import extract_chosen
+    from elastune.targets import find_target
+
+    found = find_target(work, limits, trials=trials, name=name)
+    folders = extract_chosen(work, {found.name: found.config}, format=format_, uniform=uniform)
+    if as_json:
+        show(
+            {
+                "subnets": [str(folder) for folder in folders],
+                "config": dict(found.config),
+                "values": {**found.trial.measured, **found.trial.values},
+                "missed": {n: list(pair) for n, pair in found.missed.items()},
+            }
+        )
+        return
+    show("\n".join(map(str, folders)))
+    for quantity, (value, bound) in found.missed.items():
+        show(
+            f"missed: {quantity} is {value:.6g}, the limit {bound:.6g}; nothing found comes closer"
+        )
+
+
+def _folder_name(name: str | None) -> str:
+    """Return the folder under RUN/subnets of a configuration given as JSON."""
+    name = name or "custom"
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in _CHOSEN:
+        raise BadRecipe(
+            f"--name {name!r} must be letters, digits, '.', '_' and '-', and not one of "
+            f"{', '.join(_CHOSEN)}"
+        )
+    return name
