@@ -268,10 +268,9 @@ def tightened(
     found = []
     for limit, wanted in zip(limits, asked, strict=True):
         times = excess(wanted, latencies) if "latency" in limit.name else 0.0
-        found.append(replace(limit, number=limit.number / max(times, 1.0 + _TOLERANCE)))
-        if times <= 1 + _TOLERANCE:
-            found[-1] = limit
-    return None if tuple(found) == tuple(limits) else tuple(found)
+        is_slow = times > 1 + _TOLERANCE
+        found.append(replace(limit, number=limit.number / times) if is_slow else limit)
+    return None if found == list(limits) else tuple(found)
 
 
 def reached_cost(

@@ -94,9 +94,10 @@ def look_at(run: Run, costs: Sequence[str]) -> Facts:
     tokens = min(length, 256)
     full = {name: float(value) for name, value in vars(model_cost(model, tokens)).items()}
     if any("latency" in name for name in costs):
-        latency = measure_latency(model, Conditions(prompt_tokens=tokens, repeats=3))
-        full["latency_ms"] = latency.prefill_ms
-        full["decode_latency_ms"] = latency.decode_ms_per_token or 0.0
+        latency = measure_latency(model, Conditions(prompt_tokens=tokens, repeats=5))
+        # A plan needs the time that the model takes, not what else the machine does meanwhile.
+        full["latency_ms"] = min(latency.prefill_samples_ms)
+        full["decode_latency_ms"] = min(latency.decode_samples_ms, default=0.0)
     found = blocks(model)
     heads, channels = _saved(model, "heads", tokens), _saved(model, "ffn", tokens)
     linears = [model.get_submodule(name) for name in architecture(model).linear_names(model)]

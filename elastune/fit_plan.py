@@ -56,6 +56,8 @@ class Knobs:
 
 LEAST = Knobs(epochs=1.0, n_train=1000, trials=12, n_validation=100, n_report=200)
 """Below these a result says nothing."""
+FEW_STEPS = 300
+"""Training steps below which a plan warns."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,12 @@ def make_plan(request: Request, facts: Facts, speed: Speed) -> Plan:
         for name in asdict(whole)
         if getattr(knobs, name) != getattr(whole, name)
     ]
+    steps = step_count(recipe, knobs)
+    if cuts and steps < FEW_STEPS:
+        cuts.append(
+            f"{steps} training steps teach neither the reference nor the super-network much: what "
+            "one scores against the other says little"
+        )
     return Plan(
         with_knobs(recipe, request, knobs, whole),
         REFERENCES[recipe.method],
@@ -295,11 +303,9 @@ def stages(
     recipe: Recipe, request: Request, facts: Facts, speed: Speed, knobs: Knobs
 ) -> list[Stage]:
     """Estimate what each stage of a run takes."""
-    batch = recipe.train.batch_size
-    per_step = batch * recipe.train.accumulation
-    each = speed.step / batch
-    steps = recipe.train.max_steps or math.ceil(knobs.epochs * math.ceil(knobs.n_train / per_step))
-    training = steps * per_step * each
+    each = speed.step / recipe.train.batch_size
+    steps = step_count(recipe, knobs)
+    training = steps * recipe.train.accumulation * speed.step
     found = [Stage("reference", f"{REFERENCES[recipe.method]}, {steps} steps", training)]
     ask = 0.0
     if recipe.importance is not None:
@@ -326,11 +332,18 @@ def stages(
     found.append(
         Stage("choice", f"up to {TARGET_TRIALS} trials at the target", (TARGET_TRIALS + 1) * trial)
     )
-    loads = 8 * facts.load_seconds
-    found.append(Stage("extraction", "written, reloaded, compared; all loading", loads + 5))
+    loads = 12 * facts.load_seconds
+    found.append(Stage("extraction", "written, reloaded, compared; all loading", loads + 15))
     report = 2 * knobs.n_report * speed.score
     found.append(Stage("evaluation", f"both on {knobs.n_report} report examples", report))
     return found
+
+
+def step_count(recipe: Recipe, knobs: Knobs) -> int:
+    """Return the optimizer steps of a training."""
+    per_step = recipe.train.batch_size * recipe.train.accumulation
+    steps = math.ceil(knobs.epochs * math.ceil(knobs.n_train / per_step))
+    return recipe.train.max_steps or steps
 
 
 def choice_count(recipe: Recipe, facts: Facts) -> int:

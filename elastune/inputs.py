@@ -54,11 +54,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     length = recipe.evaluate.macs_length
     scored: list[Any] = []
     if recipe.importance is not None:
-        generate = structure and structure.generate
-        reach = [generate.range[0], generate.cost] if generate else []
-        scored = [*start, *data, recipe.importance, recipe.train.max_length, length, reach]
-        if recipe.importance.method == "movement":
-            scored += [recipe.train, sources.get("teacher")]
+        scored = [*start, *data, *_importance(recipe, sources)]
         base += scored
     if structure is not None:
         base += [structure.order, structure.calibration, sources.get("order")]
@@ -86,7 +82,8 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "dense+lora": [*model, *plain, recipe.adapter],
         "sparse": base,
         "sparse+lora": [*base, *plain, recipe.adapter],
-        "alone": [*base, *trained, *cut],
+        # Not those of the super-network: rows of equal inputs share their figures.
+        "alone": ["alone", *base, *trained, *cut],
     }
     return fingerprint(*parts[stage])
 
@@ -99,6 +96,17 @@ def _teacher(
     if name not in recipe.baselines:
         return [name, sources.get("teacher")]
     return [name, *model, *plain, recipe.adapter]
+
+
+def _importance(recipe: Recipe, sources: Mapping[str, str]) -> list[Any]:
+    """Return what the scores depend on besides the model and the data."""
+    generate = recipe.structure and recipe.structure.generate
+    reach = [generate.range[0], generate.cost] if generate else []
+    length = recipe.evaluate.macs_length
+    parts: list[Any] = [recipe.importance, recipe.train.max_length, length, reach]
+    if recipe.importance is not None and recipe.importance.method == "movement":
+        parts += [recipe.train, sources.get("teacher")]
+    return parts
 
 
 def _choices(structure: StructureConfig) -> list[Any]:

@@ -10,19 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_finetune import classifier, save_labelled
 from test_lonas import cli, rows
 from tiny_llama import tiny_tokenizer
 from tiny_run import save_recipe, save_sums, save_tiny_model, tiny_recipe
 from transformers import AutoModelForSequenceClassification
 
+from elastune.artifacts import RunDirectory
 from elastune.config import make_recipe
 from elastune.cost import model_cost
 from elastune.errors import BadRecipe
 from elastune.files import read_json
 from elastune.generated import GeneratedSpace
 from elastune.importance.saved import load_scores
+from elastune.measure import systems
 from elastune.models import load_model
+from elastune.progress import Reporter
+from elastune.run import Run
 from elastune.space import SearchSpace
 
 POINTS = [1.0, 0.7, 0.4]
@@ -152,6 +157,16 @@ def test_another_search_trains_nothing_again(run: Path, source: Path) -> None:
     assert [done(stage) for stage in stages] == before
     assert len(read_json(run / "search" / "trials.json")["trials"]) == 8
     cli("run", source / "eftnas.yaml", "--out", run, "--update")  # as the other tests know it
+
+
+def test_what_was_trained_alone_is_scored_itself(run: Path) -> None:
+    """Its figures are never those of the same size out of the super-network."""
+    work = Run(RunDirectory(run), RunDirectory(run).recipe(), Reporter())
+    keys = {system.name: system.key for system in systems(work)}
+    assert keys["alone-points-70"] != keys["points-70"]
+    weights = [load_file(run / "baselines" / "alone-points-70" / "trained.safetensors")]
+    weights.append(load_file(run / "supernet" / "trained.safetensors"))
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0] if n in weights[1])
 
 
 def test_the_teacher_is_asked_once_or_runs_along(run: Path) -> None:

@@ -136,6 +136,15 @@ def test_a_time_limit_is_kept_with_some_to_spare_and_more_time_is_never_less_wor
     assert plan.knobs == whole.knobs
 
 
+def test_a_plan_of_few_steps_warns() -> None:
+    def warns(hours: float) -> bool:
+        notes = make_plan(request(hours=hours), ENCODER, SPEED).notes
+        return any("training steps teach neither" in note for note in notes)
+
+    assert warns(0.1)
+    assert not warns(1.0)
+
+
 def test_epochs_go_first_then_examples_then_trials_then_validation() -> None:
     whole = Knobs(epochs=4.0, n_train=1000, trials=40, n_validation=400, n_report=500)
     least = Knobs(epochs=1.0, n_train=100, trials=4, n_validation=40, n_report=50)

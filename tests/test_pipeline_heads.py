@@ -43,7 +43,14 @@ def test_the_extracted_classifier_gives_the_reported_predictions_in_plain_peft(
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     names = [row["name"] for row in json.loads(stdout)["rows"]]
-    assert names == [*recipe["baselines"], "largest", "heuristic", "smallest", "best"]
+    assert names == [
+        *recipe["baselines"],
+        "largest",
+        "heuristic",
+        "smallest",
+        "best",
+        "random-best",
+    ]
 
     # Baselines load in stock libraries, too, and give what was reported of them.
     tuned = AutoModelForSequenceClassification.from_pretrained(out / "baselines/dense-full/model")

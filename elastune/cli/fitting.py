@@ -155,7 +155,8 @@ def _outcome_table(found: Fitted) -> Table:
         table.add_column(title, justify="left" if title in ("", "target") else "right")
     for row in found.reached:
         is_score = row.name == "score"
-        how = f"{row.part:+.2f} points lost" if is_score else f"{row.part:.3f}x"
+        change = f"{abs(row.part):.2f} points {'lost' if row.part >= 0 else 'gained'}"
+        how = change if is_score else f"{row.part:.3f}x"
         met = "yes" if row.met else "[bold]missed[/]"
         table.add_row(row.name, row.target, f"{row.value:.6g}", how, met)
     return table
