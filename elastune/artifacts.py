@@ -37,6 +37,7 @@ class RunDirectory:
         self.manifest_file = root / "manifest.json"
         self.base = root / "base"
         self.sparsity = self.base / "sparsity.json"
+        self.levels = self.base / "levels.safetensors"
         self.importance = root / "importance.safetensors"
         self.movement = root / "movement"
         self.generated = root / "generated.json"

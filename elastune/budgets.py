@@ -114,9 +114,7 @@ def single_choices(
 
 def cost_model(run: Run, net: SuperNetwork) -> CostModel:
     """Return what counts the cost of the run's sub-networks as they are saved."""
-    structure = run.recipe.structure
-    merged = structure is not None and structure.merge
-    return CostModel(net, run.recipe.evaluate.macs_length, merged=merged)
+    return CostModel(net, run.recipe.evaluate.macs_length, merged=run.recipe.merges)
 
 
 def full_block_macs(run: Run) -> float | None:
@@ -138,5 +136,5 @@ def _nearest_point(run: Run, budget: float) -> SubnetConfig:
 
 
 def cuts_of_model(space: SearchSpace) -> SearchSpace:
-    """Return the dims that cut the model itself."""
-    return SearchSpace([dim for dim in space.dims if dim.kind != "rank"])
+    """Return the dims that cut the model itself; zeros take no MACs away."""
+    return SearchSpace([dim for dim in space.dims if dim.kind not in ("rank", "density")])

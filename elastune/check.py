@@ -26,7 +26,11 @@ def check(run: Run) -> None:
     model, _ = run.load_dense()
     structure = run.recipe.structure
     is_generated = structure is not None and structure.generate is not None
-    space = None if is_generated else net_space(model, run.recipe.adapter, structure)
+    space = (
+        None
+        if is_generated
+        else net_space(model, run.recipe.adapter, structure, run.recipe.sparsify)
+    )
     check_budgets(run, model, space)
     _check_examples(run)
     _check_teacher(run)
@@ -109,18 +113,15 @@ def _check_sparsity(run: Run, model: PreTrainedModel) -> None:
                     f"{sparsity.n_of_m[1]}",
                     try_="another pattern, or sparsify.ratio",
                 )
-    needs_text = run.recipe.sparsify.method != "magnitude" and sparsity.ratio > 0
+    cfg = run.recipe.sparsify
+    needs_text = cfg.method != "magnitude" and (sparsity.ratio > 0 or bool(cfg.choices))
     if run.dir.is_done("sparsify", run.inputs("sparsify")):
         return
     if needs_text:
-        run.calibration(model, run.recipe.sparsify.calibration)
+        run.calibration(model, cfg.calibration)
     structure = run.recipe.structure
-    if (
-        structure is not None
-        and structure.merge
-        and sparsity.ratio > 0
-        and run.recipe.adapter.ranks
-    ):
+    is_sparse = sparsity.ratio > 0 or bool(cfg.choices)
+    if run.recipe.merges and is_sparse and run.recipe.adapter.ranks:
         run.reporter.say(
             "structure.merge adds adapters to sparse weights, whose zeros are then lost; "
             "structure.merge=false keeps them, with the adapter beside the model"

@@ -125,8 +125,8 @@ def extract_chosen(
     """
     if configs is None:
         configs = {n: c for n, c in chosen(run).items() if not n.startswith(ONLY_SCORED)}
-    structure = run.recipe.structure
-    if structure is None and (format is not None or uniform):
+    recipe = run.recipe
+    if not recipe.cuts_base and (format is not None or uniform):
         raise BadRecipe(
             "only ranks are elastic in this run: adapters have one format and no blocks to cut",
             try_="leave --format and --uniform out",
@@ -138,7 +138,8 @@ def extract_chosen(
             f"{name}-uniform": snap_to_uniform(net.space, config, net.model)
             for name, config in configs.items()
         }
-    how = [] if structure is None else [[format or structure.format, structure.merge]]
+    how_saved = format or (recipe.structure.format if recipe.structure else "auto")
+    how = [[how_saved, recipe.merges]] if recipe.cuts_base else []
     wanted = {name: run.inputs("train", config.to_json(), *how) for name, config in configs.items()}
     folders = [run.dir.subnets / name for name in configs]
     todo = {n: c for n, c in configs.items() if not run.dir.is_done(f"extract/{n}", wanted[n])}
@@ -146,7 +147,7 @@ def extract_chosen(
         return folders
     net = net or run.load_supernet()
     for name, config in todo.items():
-        if net.structure is None and not any(config.values()):
+        if not recipe.cuts_base and not any(config.values()):
             run.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
             continue
         if not any(shape is not None for shape in net.shapes(config)):
@@ -154,13 +155,13 @@ def extract_chosen(
             continue
         folder = run.dir.subnets / name
         with run.dir.stage(f"extract/{name}", wanted[name], folder):
-            if structure is None:
+            if not recipe.cuts_base:
                 extract(net, config).save(folder, base=str(run.dir.base.resolve()))
                 continue
-            subnet = extract_model(net, config, merge=structure.merge)
-            how_saved = format or structure.format
-            origin = run.recipe.model
-            saved = save_subnetwork(subnet, run.tokenizer, folder, format=how_saved, origin=origin)
+            subnet = extract_model(net, config, merge=recipe.merges)
+            saved = save_subnetwork(
+                subnet, run.tokenizer, folder, format=how_saved, origin=recipe.model
+            )
             run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
             for note in saved.notes:
                 run.reporter.say(f"{name}: {note}")

@@ -132,11 +132,18 @@ class Recipe(Section):
             if not dict(data.get("structure") or {}).get("budgets"):
                 usual = [name for name in usual if name != "alone"]
             data = {**data, "baselines": usual}
-        if method in _OF_STRUCTURE:  # their base is dense unless a recipe says otherwise
-            sparse = data.get("sparsify") or {}
-            if isinstance(sparse, dict) and not {"ratio", "pattern"} & set(sparse):
-                data = {**data, "sparsify": {**sparse, "ratio": 0.0}}
-        return data if method != "eftnas" else _as_published(data)
+        sparse = data.get("sparsify") or {}
+        if not isinstance(sparse, dict):
+            return data
+        # Where something else is searched the base is dense unless a recipe says otherwise.
+        elsewhere = method in _OF_STRUCTURE or sparse.get("choices")
+        if elsewhere and not {"ratio", "pattern"} & set(sparse):
+            data = {**data, "sparsify": {**sparse, "ratio": 0.0}}
+        data = data if method != "eftnas" else _as_published(data)
+        structure = data.get("structure")
+        if sparse.get("choices") and isinstance(structure, dict):
+            data = {**data, "structure": {"merge": False} | structure}
+        return data
 
     @model_validator(mode="after")
     def _structure_fits_the_method(self) -> Recipe:
@@ -157,7 +164,7 @@ class Recipe(Section):
         if self.importance is not None and not ordered:
             raise ValueError("the section 'importance' is of use with structure.order=importance")
         if self.structure is None and not self.adapter.ranks:
-            raise ValueError("adapter.ranks is empty, so that nothing is elastic")
+            raise ValueError("adapter.ranks is empty, so that there is nothing to train")
         if not self.adapter.ranks and self.train.update == "adapter":
             raise ValueError("adapter.ranks is empty: set train.update=full to train the weights")
         if self.train.distill.teacher == "largest" and self.train.sampler != "sandwich":
@@ -173,6 +180,16 @@ class Recipe(Section):
     def only_scores(self) -> bool:
         """Whether the model is scored as it comes, so that no training data is needed."""
         return self.method == "finetune" and set(self.baselines) <= {"dense"}
+
+    @property
+    def cuts_base(self) -> bool:
+        """Whether sub-networks are models of their own, not adapters for one base."""
+        return self.structure is not None or bool(self.sparsify.choices)
+
+    @property
+    def merges(self) -> bool:
+        """Whether adapters are added to the weights of what is saved and scored."""
+        return self.structure is not None and self.structure.merge
 
     @property
     def report_tasks(self) -> list[TaskConfig]:

@@ -14,8 +14,10 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from elastune.build_space import lora_space
+from elastune.build_sparsity import sparsity_space
 from elastune.build_structure import structure_space
-from elastune.config import AdapterConfig, StructureConfig, TrainConfig
+from elastune.config import AdapterConfig, SparsifyConfig, StructureConfig, TrainConfig
+from elastune.elastic.mask import WeightLevels
 from elastune.extract import extract
 from elastune.heads import HEADS
 from elastune.models import architecture, save_model
@@ -104,10 +106,15 @@ def adapter_space(model: PreTrainedModel, cfg: AdapterConfig) -> SearchSpace:
 
 
 def net_space(
-    model: PreTrainedModel, adapter: AdapterConfig, structure: StructureConfig | None
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    structure: StructureConfig | None,
+    sparsify: SparsifyConfig | None = None,
 ) -> SearchSpace:
-    """Build the search space of a recipe: ranks, and the model's structure if it is elastic."""
-    cuts = None
+    """Build the search space of a recipe: ranks, the model's structure, the sparsity of layers."""
+    parts = []
+    if adapter.ranks:
+        parts.append(adapter_space(model, adapter))
     if structure is not None:
         cuts = structure_space(
             model,
@@ -118,10 +125,10 @@ def net_space(
             round_to=structure.round_to,
             shared=structure.shared,
         )
-        if not adapter.ranks:
-            return cuts
-    ranks = adapter_space(model, adapter)
-    return ranks if cuts is None else ranks + cuts
+        parts.append(cuts)
+    if sparsify is not None and sparsify.choices:
+        parts.append(sparsity_space(model, sparsify.choices, per=sparsify.per))
+    return SearchSpace([dim for part in parts for dim in part.dims])
 
 
 def adapted(
@@ -132,6 +139,7 @@ def adapted(
     seed: int,
     *,
     train_base: bool = False,
+    levels: WeightLevels | None = None,
 ) -> SuperNetwork:
     """Make a model elastic, and train a task's own head whole."""
     trained = [] if head == "causal-lm" else architecture(model).head_names(model)
@@ -144,6 +152,7 @@ def adapted(
         seed=seed,
         trained=trained,
         train_base=train_base,
+        levels=levels,
     )
 
 

@@ -46,7 +46,7 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     model += [recipe.vocabulary, *data] if recipe.vocabulary == "task" else []
     plain = [*data, plain_training(recipe)]
     start = [*model, recipe.start, *(plain if recipe.start != "model" else [])]
-    base: list[Any] = [*start, recipe.sparsify, recipe.seed, sources.get("calibration")]
+    base: list[Any] = [*start, _sparsify(recipe), recipe.seed, sources.get("calibration")]
     texts = [recipe.sparsify.calibration.source]
     trained = [*data, recipe.adapter, recipe.train, sources.get("teacher")]
     cut: list[Any] = []
@@ -96,6 +96,12 @@ def _teacher(
     if name not in recipe.baselines:
         return [name, sources.get("teacher")]
     return [name, *model, *plain, recipe.adapter]
+
+
+def _sparsify(recipe: Recipe) -> dict[str, Any]:
+    """Return how the base is made; what shares a sparsity tells nothing where none is chosen."""
+    cfg = recipe.sparsify
+    return cfg.model_dump(mode="json", exclude=None if cfg.choices else {"choices", "per"})
 
 
 def _importance(recipe: Recipe, sources: Mapping[str, str]) -> list[Any]:

@@ -209,7 +209,8 @@ def _loaded(
             loaded = loaded.model
         if isinstance(loaded, SuperNetwork):
             config = system.config or loaded.space.largest()
-            if _leaves_merged(run):
+            if run.recipe.merges:
+                # Then all systems are alike: a baseline's LoRA is added to its weights, too.
                 model = extract_model(loaded, config).model
                 yield system, model, config, model_cost(model, tokens)
                 continue
@@ -217,14 +218,6 @@ def _loaded(
             yield system, loaded.model, config, CostModel(loaded, tokens)(config)
         else:
             yield system, loaded, None, model_cost(loaded, tokens)
-
-
-def _leaves_merged(run: Run) -> bool:
-    """Tell whether what is scored are models of their own, with the adapter in their weights.
-
-    Then all systems are alike: a baseline's LoRA is added to its weights, too.
-    """
-    return run.recipe.structure is not None and run.recipe.structure.merge
 
 
 def _timed(

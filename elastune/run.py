@@ -15,14 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.artifacts import RunDirectory
+from elastune.build_sparsity import load_levels
 from elastune.build_structure import structure_space
 from elastune.calibration_text import calibration_texts
 from elastune.config import CalibrationConfig, Recipe, TaskConfig, TrainConfig
 from elastune.data import Splits, calibration_rows, make_splits
 from elastune.elastic.embedding import token_counts
+from elastune.elastic.mask import WeightLevels
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.files import read_json
-from elastune.finetune import adapted, adapter_space, net_space, plain
+from elastune.finetune import adapted, net_space, plain
 from elastune.generated import GeneratedSpace
 from elastune.heads import HEADS, Head
 from elastune.inputs import fingerprint, plain_training, stage_inputs
@@ -209,14 +211,16 @@ class Run:
         Args:
             model: the base.
         """
-        structure = self.recipe.structure
+        recipe = self.recipe
+        structure = recipe.structure
         if structure is None or structure.generate is None:
-            return net_space(model, self.recipe.adapter, structure)
+            return net_space(model, recipe.adapter, structure, recipe.sparsify)
         cuts = self.generated.space
         if structure.embedding is not None:
             cuts += structure_space(model, embedding=structure.embedding)
-        ranks = self.recipe.adapter.ranks
-        return adapter_space(model, self.recipe.adapter) + cuts if ranks else cuts
+        if recipe.adapter.ranks or recipe.sparsify.choices:
+            return net_space(model, recipe.adapter, None, recipe.sparsify) + cuts
+        return cuts
 
     @property
     def generated(self) -> GeneratedSpace:
@@ -263,7 +267,14 @@ class Run:
             self.recipe.adapter,
             seed,
             train_base=self.recipe.train.update == "full",
+            levels=self._levels(space),
         )
+
+    def _levels(self, space: SearchSpace) -> WeightLevels | None:
+        """Return the order in which weights leave, where the space has dims of sparsity."""
+        if all(dim.kind != "density" for dim in space.dims):
+            return None
+        return load_levels(self.dir.levels)[0]
 
     @property
     def head(self) -> Head:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elastune.budgets import budgeted, cuts_of_model, single_choices
+from elastune.budgets import budgeted, single_choices
 from elastune.evaluate import evaluate
 from elastune.files import read_json, write_json
 from elastune.objective import make_objective
@@ -31,9 +31,10 @@ from elastune.search.limits import (
     violation,
 )
 from elastune.search_costs import full_costs, search_costs
-from elastune.space import SubnetConfig
+from elastune.space import SearchSpace, SubnetConfig
 
 _WITH_LOSSES = ("auto", "milp")
+_PROBES = 16  # examples of single choices where no section structure says how many
 """Algorithms that begin from single-choice losses."""
 _DRAWS = 2000
 
@@ -191,10 +192,12 @@ class SearchWork:
 
     @cached_property
     def _losses(self) -> dict[str, dict[int, float]] | None:
-        structure = self.run.recipe.structure
-        if structure is None or self.cfg.algorithm not in _WITH_LOSSES:
+        recipe = self.run.recipe
+        if not recipe.cuts_base or self.cfg.algorithm not in _WITH_LOSSES:
             return None
-        return single_choices(self.run, self.net, cuts_of_model(self.net.space), structure.probes)
+        parts = SearchSpace([dim for dim in self.net.space.dims if dim.kind != "rank"])
+        probes = recipe.structure.probes if recipe.structure else _PROBES
+        return single_choices(self.run, self.net, parts, probes)
 
     def _score_of(self, name: str) -> float:
         """Score a system on the validation examples."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from elastune.build_sparsity import Criterion, save_levels, sparsity_levels, sparsity_space
 from elastune.config import TrainConfig
 from elastune.drop_blocks import drop_blocks_
+from elastune.elastic.mask import WeightLevels
 from elastune.files import whole_folder, write_json
 from elastune.finetune import save_tuned
 from elastune.importance.ranking import Ranking
@@ -42,13 +44,27 @@ def sparsify(run: Run) -> None:
                 rows = None if is_blind else run.calibration(model, cfg.calibration)
                 sparsify_(model, cfg.method, run.sparsity, rows, progress=bar)
         _reorder(run, model)
+        levels = _levels(run, model)
         report = sparsity_report(model, method=cfg.method, sparsity=run.sparsity)
         with whole_folder(run.dir.base) as partial:
             write_model(model, run.tokenizer, partial)
             write_json(partial / run.dir.sparsity.name, report)
+            if levels is not None:
+                save_levels(partial / run.dir.levels.name, levels, {"criterion": cfg.method})
     if run.sparsity.ratio > 0:
         share = report["total"]["sparsity"]
         run.reporter.say(f"{share:.2%} of the blocks' weights are zero")
+
+
+def _levels(run: Run, model: PreTrainedModel) -> WeightLevels | None:
+    """Order the weights for all sparsities that the recipe lets the search choose from."""
+    cfg = run.recipe.sparsify
+    if not cfg.choices:
+        return None
+    rows = None if cfg.method == "magnitude" else run.calibration(model, cfg.calibration)
+    space = sparsity_space(model, cfg.choices, per=cfg.per)
+    with run.reporter.bar(f"order weights ({cfg.method})", "layers") as bar:
+        return sparsity_levels(model, space, cast(Criterion, cfg.method), rows, progress=bar)
 
 
 def _reorder(run: Run, model: PreTrainedModel) -> None:

@@ -19,6 +19,20 @@ class SparsifyConfig(Section):
     pattern: str | None = None
     """"2:4" or "4:8": n zeros of every m weights; overrides ``ratio``."""
     calibration: CalibrationConfig = CalibrationConfig()
+    choices: list[float] | dict[str, list[float]] = []
+    """Shares of zeros to choose from, such as [0.0, 0.3, 0.5]: they are searched like ranks;
+    for all layers, or patterns over dim names -> shares. ``ratio`` is then 0 unless given."""
+    per: Literal["model", "layer", "half", "module"] = "layer"
+    """What shares a choice: all blocks, a block, its attention or feed-forward, a linear layer."""
+
+    @model_validator(mode="after")
+    def _choices_leave_weights_as_they_are(self) -> SparsifyConfig:
+        if self.choices and self.method == "sparsegpt":
+            raise ValueError(
+                "choices need method wanda or magnitude: sparsegpt changes the weights that stay, "
+                "differently for every sparsity"
+            )
+        return self
 
 
 _Sizes = list[float] | dict[str, list[float]]
@@ -138,7 +152,8 @@ class StructureConfig(Section):
     format: Literal["auto", "hf", "hf-padded", "hf-hetero"] = "auto"
     """How sub-networks are saved (docs/exports.md)."""
     merge: bool = True
-    """Add the adapter to the weights of what is saved and scored; with False it comes beside."""
+    """Add the adapter to the weights of what is saved and scored; with False it comes beside, which
+    is the default where sparsity is searched."""
 
     @model_validator(mode="after")
     def _something_is_elastic(self) -> StructureConfig:
