@@ -17,6 +17,7 @@ from elastune.version import __version__
 if TYPE_CHECKING:
     from elastune.allocate import allocate, single_choice_losses, uniform_config
     from elastune.build_space import lora_space
+    from elastune.build_sparsity import sparsity_levels, sparsity_space
     from elastune.build_structure import structure_space
     from elastune.config import Recipe, TrainConfig, load_recipe
     from elastune.cost import Cost, CostModel, model_cost
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from elastune.reorder import reorder_
     from elastune.report import write_report
     from elastune.sampling import ProgressiveSampler, RandomSampler, SandwichSampler
-    from elastune.search import SearchResult, search
+    from elastune.search import Known, SearchResult, search
     from elastune.space import ElasticDim, SearchSpace, SubnetConfig
     from elastune.sparsify import Sparsity, sparsify_, sparsity_report
     from elastune.statistics import compare
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "allocate": ("allocate", "single_choice_losses", "uniform_config"),
     "build_space": ("lora_space",),
+    "build_sparsity": ("sparsity_levels", "sparsity_space"),
     "build_structure": ("structure_space",),
     "config": ("Recipe", "TrainConfig", "load_recipe"),
     "cost": ("Cost", "CostModel", "model_cost"),
@@ -81,7 +83,7 @@ _HOMES = {
     "reorder": ("reorder_",),
     "report": ("write_report",),
     "sampling": ("ProgressiveSampler", "RandomSampler", "SandwichSampler"),
-    "search": ("SearchResult", "search"),
+    "search": ("Known", "SearchResult", "search"),
     "space": ("ElasticDim", "SearchSpace", "SubnetConfig"),
     "sparsify": ("Sparsity", "sparsify_", "sparsity_report"),
     "statistics": ("compare",),
@@ -100,6 +102,7 @@ __all__ = [
     "ElastuneError",
     "Example",
     "GeneratedSpace",
+    "Known",
     "Latency",
     "LatencyTable",
     "PeftAdapter",
@@ -157,7 +160,9 @@ __all__ = [
     "space_from_importance",
     "space_from_losses",
     "sparsify_",
+    "sparsity_levels",
     "sparsity_report",
+    "sparsity_space",
     "structure_scores",
     "structure_space",
     "taylor_scores",
