@@ -50,6 +50,7 @@ __all__ = [
     "StructureConfig",
     "TaskConfig",
     "TrainConfig",
+    "apply_override",
     "dump_recipe",
     "load_recipe",
     "make_recipe",
@@ -216,7 +217,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     if not isinstance(data, dict):
         raise BadRecipe(f"{path} is not a recipe: it must be a YAML mapping of settings")
     for override in overrides:
-        _apply(data, override)
+        apply_override(data, override)
     return make_recipe(data, str(path))
 
 
@@ -238,8 +239,12 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
-    """Set one dotted key."""
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one dotted key of a recipe's plain data, as ``--set`` does: ``section.key=value``.
+
+    Raises:
+        BadRecipe: not of that form, a place that has no keys, or a value that is no YAML.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise BadRecipe(f"--set {override!r} is not of the form section.key=value")

@@ -36,10 +36,6 @@ from elastune.targets import find_target
 
 NAME = "fit"
 """Of the sub-network that is handed over."""
-FILE = "fit.json"
-"""Request and plan, in the run directory."""
-_RESULT = "fit_result.json"
-_REFERENCE = "fit_reference.json"
 _TOLERANCE = 0.02
 """Part by which a measured latency may miss its target: two measurements differ as much."""
 _CHOICES = 4
@@ -114,7 +110,7 @@ def kept_plan(directory: RunDirectory, request: Request) -> Plan | None:
     Raises:
         BadRecipe: the folder belongs to another request, or to a run that no fit has planned.
     """
-    path = directory.root / FILE
+    path = directory.fit
     if not path.exists():
         if directory.manifest_file.exists():
             raise BadRecipe(
@@ -137,7 +133,7 @@ def kept_plan(directory: RunDirectory, request: Request) -> Plan | None:
 def keep_plan(directory: RunDirectory, request: Request, plan: Plan) -> None:
     """Write the plan down: the same request goes on with it instead of measuring anew."""
     data = {"schema": 1, "request": request.to_dict(), "plan": plan.to_dict()}
-    write_json(directory.root / FILE, data)
+    write_json(directory.fit, data)
 
 
 def fit(run: Run, request: Request, reference: str) -> Fitted:
@@ -156,7 +152,7 @@ def fit(run: Run, request: Request, reference: str) -> Fitted:
     train_baselines(run)
     allocate_budgets(run)
     search(run)
-    result = run.dir.search / _RESULT
+    result = run.dir.fit_result
     inputs = run.inputs("search", request.to_dict())
     folder = run.dir.subnets / NAME
     if run.dir.is_done("fit", inputs) and folder.is_dir():
@@ -199,7 +195,7 @@ def _chosen_and_measured(run: Run, request: Request, reference: str) -> Fitted:
 
 def _reference_score(run: Run, name: str) -> float:
     """Score the reference on the validation examples, which the search sees; once."""
-    path = run.dir.search / _REFERENCE
+    path = run.dir.fit_reference
     cfg = run.recipe
     inputs = fingerprint(run.inputs(name), run.inputs("data"), cfg.evaluate.batch_tokens)
     if not run.dir.is_done("fit reference", inputs):

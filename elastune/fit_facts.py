@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from elastune.artifacts import RunDirectory
 from elastune.build_structure import structure_space
-from elastune.config import Recipe, make_recipe
-from elastune.config import _apply as apply_override
+from elastune.config import Recipe, apply_override, make_recipe
 from elastune.cost import CostModel, model_cost
 from elastune.evaluate import evaluate
 from elastune.fit_plan import Plan, Speed, draft, make_plan

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from elastune.config import Recipe, make_recipe
-from elastune.config import _apply as apply_override
+from elastune.config import Recipe, apply_override, make_recipe
 from elastune.errors import BadRecipe
 from elastune.fit_recipe import REFERENCES, Method, base_recipe
 from elastune.fit_request import Facts, Request
