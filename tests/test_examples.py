@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_python_example_leaves_stock_peft_adapters_beside_a_sparse_base(tmp_path: Path) -> None:
     small = ["--steps", "2", "--batch-size", "2", "--n-report", "4", "--out", str(tmp_path)]
     command = [sys.executable, str(EXAMPLES / "shears_in_python.py"), *small]
@@ -35,7 +35,7 @@ def test_the_python_example_leaves_stock_peft_adapters_beside_a_sparse_base(tmp_
     assert config["r"] == 24
 
 
-@pytest.mark.e2e
+@pytest.mark.slow
 def test_the_elastic_base_example_leaves_smaller_models(tmp_path: Path) -> None:
     small = ["--steps", "1", "--batch-size", "2", "--n-report", "2", "--out", str(tmp_path)]
     command = [sys.executable, str(EXAMPLES / "lonas_in_python.py"), *small]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
-from tiny_run import save_recipe, start_cli
+from tiny_run import cli, save_recipe
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -162,18 +162,14 @@ def test_a_recipe_fine_tunes_scores_and_goes_on(family: str, tmp_path: Path) -> 
         },
     )
     out = tmp_path / "run"
-    process = start_cli("run", recipe, "--out", out, "--json")
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    stdout = cli("run", recipe, "--out", out, "--json").stdout
     rows = {row["name"]: row for row in json.loads(stdout)["rows"]}
     assert list(rows) == ["dense", "dense+full", "dense+lora"]
     assert all(row["metric"] == "accuracy" and row["n"] == 12 for row in rows.values())
     assert rows["dense+lora"]["params"] > rows["dense+full"]["params"] == rows["dense"]["params"]
     seconds = json.loads((out / "manifest.json").read_text())["stages"]["dense+full"]["finished"]
     (out / "predictions" / "dense.train.jsonl.jsonl").unlink()
-    process = start_cli("run", out, "--json")
-    again, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    again = cli("run", out, "--json").stdout
     assert {row["name"]: row["score"] for row in json.loads(again)["rows"]} == {
         name: row["score"] for name, row in rows.items()
     }
@@ -196,9 +192,7 @@ def test_report_tasks_that_need_another_head_are_refused(tmp_path: Path) -> None
             "evaluate": {"tasks": [f"perplexity:{data / 'train.jsonl'}"]},
         },
     )
-    process = start_cli("run", recipe, "--out", tmp_path / "run")
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 2
+    stderr = cli("run", recipe, "--out", tmp_path / "run", code=2).stderr
     assert "causal-lm head" in stderr
     assert not (tmp_path / "run").exists()
 
@@ -216,15 +210,11 @@ def test_a_model_that_is_only_scored_needs_no_training_data(tmp_path: Path) -> N
         "evaluate": {"macs_length": 16},
     }
     path = save_recipe(tmp_path / "recipe.yaml", recipe)
-    process = start_cli("run", path, "--out", tmp_path / "run", "--json")
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    stdout = cli("run", path, "--out", tmp_path / "run", "--json").stdout
     (row,) = json.loads(stdout)["rows"]
     assert row["metric"] == "perplexity"
     assert row["score"] > 1
     recipe["baselines"] = ["dense", "dense+full"]
     path = save_recipe(tmp_path / "other.yaml", recipe)
-    process = start_cli("run", path, "--out", tmp_path / "other")
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 2
+    stderr = cli("run", path, "--out", tmp_path / "other", code=2).stderr
     assert "no training examples" in stderr

@@ -18,7 +18,7 @@ import yaml
 from peft import PeftModel
 from tiny_llama import tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model, tiny_net
-from tiny_run import save_recipe, start_cli
+from tiny_run import cli, save_recipe
 
 from elastune import harness
 from elastune.errors import BadData, BadRecipe, UnsupportedModel
@@ -421,9 +421,7 @@ def test_rows_of_lm_eval_stay_in_the_table_until_what_they_depend_on_changes(
     path = save_recipe(tmp_path / "recipe.yaml", recipe)
 
     def told(*arguments: Any) -> dict[str, Any]:
-        process = start_cli(*arguments, "--json")
-        stdout, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+        stdout = cli(*arguments, "--json").stdout
         return {row["task"]: row for row in json.loads(stdout)["rows"]}
 
     assert set(told("run", path, "--out", out)) == {"day.txt"}

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from test_finetune import classifier, save_labelled
 from tiny_llama import tiny_tokenizer
-from tiny_run import save_recipe, start_cli
+from tiny_run import cli, save_recipe
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -39,9 +39,7 @@ def test_the_extracted_classifier_gives_the_reported_predictions_in_plain_peft(
         "baselines": ["sparse", "sparse+lora", "dense+full"],
     }
     out = tmp_path / "run"
-    process = start_cli("run", save_recipe(tmp_path / "r.yaml", recipe), "--out", out, "--json")
-    stdout, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr
+    stdout = cli("run", save_recipe(tmp_path / "r.yaml", recipe), "--out", out, "--json").stdout
     names = [row["name"] for row in json.loads(stdout)["rows"]]
     assert names == [
         *recipe["baselines"],

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from click.testing import Result
 from tiny_llama import tiny_llama, tiny_tokenizer
+from typer.testing import CliRunner
+
+from elastune.cli import app
 
 ROWS = ["dense", "dense+lora", "sparse", "sparse+lora", "largest", "heuristic", "smallest", "best"]
 STEPS = 6
@@ -70,6 +74,13 @@ def tiny_recipe(model: Path, data: Path, **sections: Any) -> dict[str, Any]:
 def save_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def cli(*arguments: str | Path, code: int = 0) -> Result:
+    """Run the command line in this process, which has imported everything already."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
 
 
 def start_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
