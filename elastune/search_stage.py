@@ -5,37 +5,40 @@ What is reported is measured elsewhere (`elastune.measure`), on examples that no
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from elastune.budgets import budgeted, single_choices
-from elastune.evaluate import evaluate
 from elastune.files import read_json, write_json
+from elastune.inputs import stage_inputs
 from elastune.objective import make_objective
+from elastune.race import ERROR_RATE, is_worse
 from elastune.run import Run
-from elastune.search import Known, SearchResult, Trial, additivity
+from elastune.search import Known, Measurement, SearchResult, Trial, additivity
 from elastune.search import search as search_space
 from elastune.search.limits import (
     Limit,
     limits_of_quality,
-    parse_limits,
     resolve,
     violation,
 )
+from elastune.search.stored import check_storage, stored_trials
 from elastune.search_costs import full_costs, search_costs
+from elastune.search_limits import COSTS, QUALITIES, check_limits, quality_of
 from elastune.space import SearchSpace, SubnetConfig
 
 _WITH_LOSSES = ("auto", "milp")
-_PROBES = 16  # examples of single choices where no section structure says how many
 """Algorithms that begin from single-choice losses."""
+_PROBES = 16  # examples of single choices where no section structure says how many
 _DRAWS = 2000
 
 
@@ -46,18 +49,30 @@ class SearchWork:
         run: whose super-network is trained.
         limits: what the best must keep; by default those of the recipe.
         budgets: bounds on the cost that sub-networks are wanted for, as parts of the full one.
+
+    Raises:
+        BadRecipe: a limit on what the search does not measure, or relative to an unknown system.
     """
 
     def __init__(
-        self, run: Run, limits: Sequence[str] | None = None, budgets: Sequence[float] = ()
+        self, run: Run, limits: Sequence[str | Limit] | None = None, budgets: Sequence[float] = ()
     ) -> None:
         self.run = run
         self.cfg = run.recipe.search
         texts = self.cfg.limits if limits is None else limits
-        self.limits: tuple[Limit, ...] = parse_limits(texts) if texts else ()
+        self.limits: tuple[Limit, ...] = check_limits(self.cfg, texts, run.recipe.baselines)
         self.budgets = budgets
         self.net = run.load_supernet()
         self._task = run.task(run.recipe.task)
+
+    def within(self, limits: Sequence[str | Limit], budgets: Sequence[float]) -> SearchWork:
+        """Return the same work for other limits on the same values: what is loaded is shared."""
+        other = copy.copy(self)
+        other.limits = check_limits(self.cfg, limits, self.run.recipe.baselines)
+        other.budgets = budgets
+        for name in ("known", "bounds"):
+            other.__dict__.pop(name, None)
+        return other
 
     @cached_property
     def known(self) -> Known:
@@ -85,11 +100,13 @@ class SearchWork:
         """The limits in the units of the trials' values."""
         references = {"dense": dict(full_costs(self.run, self._cost_names))}
         for limit in self.limits:
-            if limit.name == "score" and limit.of is not None:
-                references.setdefault(limit.of, {})["score"] = self._score_of(limit.of)
-        found = resolve(self.limits, references)
+            if limit.name in QUALITIES and limit.of is not None:
+                found = quality_of(self.run, limit.of, limit.name, partial(self._named, limit.name))
+                references.setdefault(limit.of, {})[limit.name] = found
         return limits_of_quality(
-            found, self.values[0], higher_is_better=self._task.higher_is_better
+            resolve(self.limits, references),
+            self.values[0],
+            higher_is_better=self._task.higher_is_better,
         )
 
     def missed(self, trial: Trial) -> dict[str, tuple[float, float]]:
@@ -109,7 +126,49 @@ class SearchWork:
     @property
     def study(self) -> str:
         """Name of the trials in their storage: the same figures, the same trials."""
-        return f"elastune-{self.run.inputs('trials')}"
+        return self._study_along(self.cfg.cost)
+
+    def _study_along(self, cost: str) -> str:
+        recipe = self.run.recipe
+        cfg = recipe.search.model_copy(update={"cost": cost})
+        recipe = recipe.model_copy(update={"search": cfg})
+        return f"elastune-{stage_inputs(recipe, 'trials', self.run.dir.sources(recipe))}"
+
+    def _named(self, quality: str, name: str) -> float:
+        """Measure a named sub-network."""
+        return float(self.objective(getattr(self.net.space, name)())[quality])
+
+    @cached_property
+    def elsewhere(self) -> dict[SubnetConfig, Measurement]:
+        """What searches of this run along other costs have measured, which is not done again.
+
+        What a race dropped there is dropped here only where the same test says so of a trial that
+        is no dearer here; it is left out otherwise.
+        """
+        quality = self.values[0]
+        studies = {self._study_along(c): (quality, c) for c in COSTS if c != self.cfg.cost}
+        found = stored_trials(self.storage, studies)
+        whole = [trial for trial in found if not trial.failed and not trial.dropped]
+        kept: dict[SubnetConfig, Measurement] = {}
+        for trial in sorted(found, key=lambda trial: trial.dropped):  # whole ones first
+            if trial.config in kept or (trial.dropped and not self._is_beaten(trial, whole)):
+                continue
+            values = {**trial.measured, **trial.values, **self.costs(trial.config)}
+            kept[trial.config] = Measurement(values, trial.dropped, trial.outcomes, 0.0)
+        return kept
+
+    def _is_beaten(self, trial: Trial, whole: Iterable[Trial]) -> bool:
+        """Tell whether a trial is no dearer than one that was dropped, and surely better."""
+        if trial.outcomes is None:
+            return False
+        seen = np.isfinite(trial.outcomes)
+        cost = self.costs(trial.config)[self.cfg.cost]
+        return any(
+            rival.outcomes is not None
+            and self.costs(rival.config)[self.cfg.cost] <= cost
+            and is_worse((trial.outcomes - rival.outcomes)[seen], ERROR_RATE)
+            for rival in whole
+        )
 
     @property
     def storage(self) -> Any:
@@ -117,7 +176,7 @@ class SearchWork:
         return self.cfg.storage or self.run.dir.journal
 
     def search(self, trials: int, start: Sequence[SubnetConfig] = (), bar: Any = None) -> Any:
-        """Go on until there are so many trials; those of earlier searches count."""
+        """Go on until there are so many trials; those of earlier searches along this cost count."""
         quality = self.values[0]
 
         def progress(done: int, total: int, trial: Trial) -> None:
@@ -127,7 +186,7 @@ class SearchWork:
         best: list[float] = []
         return search_space(
             self.net.space,
-            self.objective,
+            _Remembering(self.objective, self.elsewhere) if self.elsewhere else self.objective,
             values=self.values,
             algorithm=self.cfg.algorithm,
             trials=trials,
@@ -199,33 +258,21 @@ class SearchWork:
         probes = recipe.structure.probes if recipe.structure else _PROBES
         return single_choices(self.run, self.net, parts, probes)
 
-    def _score_of(self, name: str) -> float:
-        """Score a system on the validation examples."""
-        inputs = self.run.inputs("reference scores", name)
-        stage = f"reference score/{name}"
-        path = self.run.dir.reference_scores
-        known: dict[str, float] = read_json(path)["scores"] if path.exists() else {}
-        if not self.run.dir.is_done(stage, inputs):
-            model = self._system(name)
-            with self.run.dir.stage(stage, inputs):
-                score = evaluate(
-                    model,
-                    self.run.tokenizer,
-                    self._task,
-                    self.run.splits.validation,
-                    batch_tokens=self.run.recipe.evaluate.batch_tokens,
-                )
-                known[name] = score.value
-                write_json(path, {"schema": 1, "scores": known})
-        return known[name]
 
-    def _system(self, name: str) -> Any:
-        if name in ("largest", "heuristic", "smallest"):
-            self.net.activate(getattr(self.net.space, name)())
-            return self.net.model
-        if name == "dense":
-            return self.run.load_dense()[0]
-        return self.run.load_baseline(name).model
+class _Remembering:
+    """An objective that does not measure again what is known."""
+
+    def __init__(self, objective: Any, known: Mapping[SubnetConfig, Measurement]) -> None:
+        self._objective = objective
+        self._known = known
+
+    def __call__(self, config: SubnetConfig) -> Mapping[str, float]:
+        return self.measure(config, ()).values
+
+    def measure(self, config: SubnetConfig, rivals: Sequence[Trial]) -> Measurement:
+        """Return what is known, or measure."""
+        found = self._known.get(config)
+        return self._objective.measure(config, rivals) if found is None else found
 
 
 def search(run: Run) -> SearchResult:
@@ -236,6 +283,7 @@ def search(run: Run) -> SearchResult:
     inputs = run.inputs("search")
     if run.dir.is_done("search", inputs):
         return SearchResult.from_dict(read_json(run.dir.trials))
+    check_storage(cfg.storage)  # before the recipe is kept
     work = SearchWork(run)
     started = time.monotonic()
     _ = work.known  # prepared before other workers ask for it
@@ -297,6 +345,7 @@ def _about(work: SearchWork, result: SearchResult, started: float) -> dict[str, 
         "examples": len(work.run.splits.validation),
         "limits": [str(limit) for limit in work.limits],
         "bounds": {name: _finite(pair) for name, pair in known.limits.items()},
+        "missed": work.missed(result.best_within(known.limits)),
         "additivity": _additivity(work, result),
         "random": chance.to_dict()["trials"],
     }

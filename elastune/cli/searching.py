@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +18,6 @@ from elastune.cli.frame import (
     Set,
     Source,
     Update,
-    finish,
     opened,
     reported,
     show,
@@ -24,7 +26,10 @@ from elastune.errors import BadRecipe
 from elastune.files import read_json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from elastune.run import Run
+    from elastune.targets import Target
 
 _CHOSEN = ("largest", "heuristic", "smallest", "best")
 
@@ -60,6 +65,7 @@ def search(
     goes_on = bool(own) and source.is_dir() and not set_
     with reported(), opened(source, out, [*(set_ or []), *own], update or goes_on) as work:
         from elastune.budgets import allocate_budgets
+        from elastune.choose import chosen
         from elastune.report import search_table
         from elastune.search_stage import search as search_run
 
@@ -69,11 +75,16 @@ def search(
             show({"best": None} if json_ else "search.trials is 0: nothing was searched")
             return
         data = read_json(work.dir.trials)
-        best = data["trials"][data["best"]]
+        config = dict(chosen(work)["best"])  # within the limits, where the front's best may not be
+        best = next(trial for trial in data["trials"] if trial["config"] == config)
+        missed = data["about"]["missed"]
         if json_:
-            show({"best": best["config"], "values": best["values"], "measured": best["measured"]})
+            values = {name: best[name] for name in ("values", "measured")}
+            show({"best": config, **values, "missed": missed})
             return
         show(search_table(data))
+        for line in _told(missed):
+            show(f"missed: {line}")
 
 
 def work(
@@ -88,6 +99,8 @@ def work(
         from elastune.search_stage import search_as_worker
 
         be_quiet()
+        # The search ends it so when it is done: what it measures is given up, not taken for dead.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         directory = RunDirectory(source)
         search_as_worker(Run(directory, directory.recipe(), Reporter()))
 
@@ -104,11 +117,82 @@ def sweep(
     """Choose a sub-network for each of a row of budgets, and score them: no training."""
     with reported(), opened(source, None, None, False) as work:
         from elastune.measure import measure
+        from elastune.report import write_report
+        from elastune.search_costs import full_costs
         from elastune.targets import sweep as sweep_run
 
         found = sweep_run(work, cost, _numbers(parts), trials=trials)
-        measure(work, [target.name for target in found])
-        finish(work, json_)
+        measure(work, [target.name for target in found if not target.missed])
+        page, metrics = write_report(work.dir.root), work.dir.metrics()
+        name = found[0].bounded
+        rows = [_sweep_row(target, name, full_costs(work, {name})[name]) for target in found]
+        if json_:
+            show({"report": str(page), "cost": name, "sweep": rows, **metrics})
+            return
+        show(_sweep_table(rows, name, metrics["rows"]))
+        for row in rows:
+            for line in _told(row["missed"]):
+                show(f"{row['limit']} is not met: {line}")
+        show(f"report: {page}")
+
+
+def _sweep_row(target: Target, cost: str, full: float) -> dict[str, Any]:
+    value = target.values[cost]
+    return {
+        "name": target.name,
+        "limit": ", ".join(target.limits),
+        "config": dict(target.config),
+        "value": value,
+        "part": value / full,
+        "validation": dict(target.trial.values),
+        "missed": _as_lists(target.missed),
+    }
+
+
+def _sweep_table(
+    rows: Sequence[Mapping[str, Any]], cost: str, metrics: Sequence[Mapping[str, Any]]
+) -> Table:
+    """Make a table: each budget, what was found for it, its cost, and its scores."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from elastune.report.quantities import DASH
+
+    names = {row["name"] for row in rows}
+    scores = {(row["name"], row["task"]): row for row in metrics if row["name"] in names}
+    tasks = [*dict.fromkeys(task for _, task in scores)]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption="± is one standard error")
+    quality = next(iter(rows[0]["validation"]))
+    for title in ("limit", cost, "of full", f"validation {quality}", *tasks):
+        table.add_column(title, justify="left" if title == "limit" else "right")
+    for row in rows:
+        mine = (scores.get((row["name"], task)) for task in tasks)
+        table.add_row(
+            row["limit"],
+            f"{row['value']:,.6g}",
+            f"{100 * row['part']:.1f} %",
+            f"{row['validation'][quality]:.4f}",
+            *(DASH if one is None else _score_text(one) for one in mine),
+            style="dim" if row["missed"] else None,
+        )
+    return table
+
+
+def _score_text(row: Mapping[str, Any]) -> str:
+    error = row["stderr"]
+    return f"{row['score']:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def _told(missed: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return in words the limits that the closest sub-network misses."""
+    return [
+        f"{name} is {value:.6g}, the limit {bound:.6g}; nothing found comes closer"
+        for name, (value, bound) in missed.items()
+    ]
+
+
+def _as_lists(missed: Mapping[str, tuple[float, float]]) -> dict[str, list[float]]:
+    return {name: list(pair) for name, pair in missed.items()}
 
 
 def _numbers(text: str) -> list[float]:
@@ -177,23 +261,17 @@ def _extract_target(
     from elastune.choose import extract_chosen
     from elastune.targets import find_target
 
-    found = find_target(work, limits, trials=trials, name=name)
-    folders = extract_chosen(work, {found.name: found.config}, format=format_, uniform=uniform)
+    found = find_target(work, limits, trials=trials, name=name, must=True)
+    folders = [
+        str(folder)
+        for folder in extract_chosen(
+            work, {found.name: found.config}, format=format_, uniform=uniform
+        )
+    ]
     if as_json:
-        show(
-            {
-                "subnets": [str(folder) for folder in folders],
-                "config": dict(found.config),
-                "values": {**found.trial.measured, **found.trial.values},
-                "missed": {n: list(pair) for n, pair in found.missed.items()},
-            }
-        )
+        show({"subnets": folders, "config": dict(found.config), "values": found.values})
         return
-    show("\n".join(map(str, folders)))
-    for quantity, (value, bound) in found.missed.items():
-        show(
-            f"missed: {quantity} is {value:.6g}, the limit {bound:.6g}; nothing found comes closer"
-        )
+    show("\n".join(folders))
 
 
 def _folder_name(name: str | None) -> str:

@@ -30,7 +30,7 @@ _SCREENED = 24  # candidates whose costs are counted, where no limit is on them
 
 def propose(
     space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator, known: Known
-) -> SubnetConfig:
+) -> SubnetConfig | None:
     """Return heuristic, largest and smallest first, then what promises most.
 
     Single-choice losses, where they are known, are solved for ``known.budgets`` and evenly spaced

@@ -24,7 +24,7 @@ _TAIL = 1.5  # exponent of the number of dims that change
 
 def propose(
     space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator, known: Known
-) -> SubnetConfig:
+) -> SubnetConfig | None:
     """Return heuristic, largest and smallest first, then untried neighbours of the front.
 
     A place is drawn evenly along the front's convex part, so that all sizes get their share and
@@ -32,7 +32,7 @@ def propose(
     others from the trial behind it. The other half change the nearest trial by one step of one or a
     few dims, mostly all of them towards that place. How many dims follows a power law (Doerr et
     al., 2017, Fast Genetic Algorithms): one is likeliest, half of them possible. Where no neighbour
-    within two steps is left, random search goes on.
+    within two steps is left, random search goes on; None where all were tried.
     """
     tried = {trial.config for trial in trials}
     first = first_untried(space, tried)

@@ -29,7 +29,7 @@ _LEAST_GAP = 1e-3  # of the costs there are, below which a gap is not looked int
 
 def propose(
     space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator, known: Known
-) -> SubnetConfig:
+) -> SubnetConfig | None:
     """Return heuristic, largest and smallest first, then single choices, then answers to budgets.
 
     Single choices (the largest sub-network with one dim changed) are tried where no losses are

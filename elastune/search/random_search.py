@@ -13,8 +13,11 @@ from elastune.space import SearchSpace, SubnetConfig
 
 def propose(
     space: SearchSpace, trials: Sequence[Trial], rng: np.random.Generator, known: Known
-) -> SubnetConfig:
-    """Return heuristic, largest and smallest first, then uniform draws that were not tried yet."""
+) -> SubnetConfig | None:
+    """Return heuristic, largest and smallest first, then uniform draws that were not tried yet.
+
+    None where all were tried.
+    """
     tried = {trial.config for trial in trials}
     first = first_untried(space, tried)
     if first is not None:
@@ -22,7 +25,7 @@ def propose(
     if 2 * len(tried) >= space.size:  # few are left, and so few in all that they can be listed
         codes = itertools.product(*(range(len(dim.choices)) for dim in space.dims))
         left = [config for config in map(space.decode, codes) if config not in tried]
-        return left[int(rng.integers(len(left)))] if left else space.sample(rng)
+        return left[int(rng.integers(len(left)))] if left else None
     draw = space.sample(rng)
     while draw in tried:
         draw = space.sample(rng)

@@ -5,7 +5,8 @@ milliseconds, and the study still opens in Optuna's dashboard.
 
 A worker that is about to try something opens a *ticket*: a running trial of the study. Tickets are
 numbered by the storage, which makes them the one thing that workers agree on. A ticket without
-values that has failed is *abandoned*: it does not count, and its configuration is tried again.
+values that has failed is *abandoned*: it does not count, and its configuration is tried again. One
+whose workers died `DEATHS` times is what kills them: it becomes a failed trial.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ _CONFIG, _WORKER, _BEAT = "config", "worker", "beat"
 _VALUES = "values"  # attribute of failed trials
 _RESULT = "result"  # what is known besides the values
 _OUTCOMES = "outcomes"
+_DIED = "died"  # attribute of abandoned trials whose worker was gone
+DEATHS = 2
+"""Workers that may die of a configuration before it counts as failed."""
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, InvalidSubnet)
+_GONE = "a worker of the search is gone; its trial (%s) is %s"
 _LOG = logging.getLogger(__name__)
 
 
@@ -69,10 +74,12 @@ class Board:
     Attributes:
         live: running or finished, in the order of their numbers.
         dropped: configurations of abandoned tickets, in this order.
+        deadly: those among them whose worker died, once for each time.
     """
 
     live: tuple[Ticket, ...]
     dropped: tuple[SubnetConfig, ...]
+    deadly: tuple[SubnetConfig, ...] = ()
 
     @cached_property
     def running(self) -> tuple[Ticket, ...]:
@@ -94,7 +101,7 @@ class Board:
 
     def before(self, place: int) -> Board:
         """Return the board without the live tickets from a place on."""
-        return Board(self.live[:place], self.dropped)
+        return Board(self.live[:place], self.dropped, self.deadly)
 
     def place(self, worker: Worker) -> int | None:
         """Return how many live tickets stand before the one that a worker has open, if any."""
@@ -200,6 +207,7 @@ class TrialStore:
         """
         live: list[Ticket] = []
         dropped: list[SubnetConfig] = []
+        deadly: list[SubnetConfig] = []
         with self._talking():
             for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False):
                 ticket = self._finished.get(frozen.number) or self._ticket(frozen)
@@ -209,11 +217,13 @@ class TrialStore:
                 if _is_abandoned(frozen):
                     if ticket.trial is not None:
                         dropped.append(ticket.trial.config)
+                        if _DIED in frozen.user_attrs:
+                            deadly.append(ticket.trial.config)
                 else:
                     ticket = self._placed(ticket, len(live))
                     live.append(ticket)
                 self._finished[frozen.number] = ticket
-        return Board(tuple(live), tuple(dropped))
+        return Board(tuple(live), tuple(dropped), tuple(deadly))
 
     def trials(self) -> list[Trial]:
         """Return the finished trials, numbered from 0 in the order they were proposed in.
@@ -317,15 +327,21 @@ class TrialStore:
                 self._storage.set_trial_state_values(ticket, TrialState.FAIL)
 
     def abandon_dead(self, board: Board) -> bool:
-        """Give up the tickets of workers that are gone; tell whether there were any."""
+        """Give up, or fail, the tickets of workers that are gone; tell whether there were any."""
         dead = [ticket for ticket in board.running if self._is_dead(ticket)]
         for ticket in dead:
-            _LOG.info("a worker of the search is gone; its trial is taken up again")
+            config = None if ticket.trial is None else ticket.trial.config
+            is_last = config is not None and board.deadly.count(config) + 1 >= DEATHS
+            attribute = (_VALUES, ["nan"] * len(self.values)) if is_last else (_DIED, True)
+            end = "failed: it has had its chances" if is_last else "taken up again"
+            shown = "none yet" if config is None else config.short()
+            _LOG.log(logging.WARNING if is_last else logging.INFO, _GONE, shown, end)
             # Of several that see it, one is the first; it is finished for the others.
             with self._talking(), suppress(UpdateFinishedTrialError):
                 number = self._storage.get_trial_id_from_study_id_trial_number(
                     self._study_id, ticket.number
                 )
+                self._storage.set_trial_user_attr(number, *attribute)
                 self._storage.set_trial_state_values(number, TrialState.FAIL)
         return bool(dead)
 

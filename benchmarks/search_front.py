@@ -1,0 +1,326 @@
+"""What a Pareto front costs: hypervolume against the work spent on evaluations, by algorithm.
+
+Each algorithm searches the same trained super-network for the loss on validation examples against
+the blocks' MACs, once plainly (every configuration on all examples, nothing reused) and once as
+`elastune search` does it (races, hidden states and merged adapters used again). Work is counted in
+whole evaluations of the largest sub-network on all examples; single-choice losses that an algorithm
+asks for are counted, too. A front holds what was measured on all examples, never an estimate.
+
+- cost_to_match_nsga2: work until `auto` (cheap) has the hypervolume that plain nsga2 ends with, as
+  a part of all of nsga2's; median over seeds, null where it never has. For the others by name.
+
+The super-network is that of a run directory, or else, for anyone, SmolLM2-135M whose feed-forward
+widths and heads are elastic, sorted by Wanda and not trained.
+
+    python benchmarks/search_front.py [RUN] [--quick] [--trials 200] [--examples 256] [--probes 16]
+        [--seeds 0 1 2] [--algorithms random nsga2 milp auto] [--out FOLDER]
+
+With --out each finished search is kept there, a killed benchmark goes on, and front.svg is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import moocore
+import numpy as np
+from data_folder import add_data_option
+from rich.console import Console
+from rich.table import Table
+
+from elastune.allocate import Losses, single_choice_losses
+from elastune.artifacts import RunDirectory
+from elastune.budgets import cost_model
+from elastune.build_structure import structure_space
+from elastune.calibration_text import calibration_texts
+from elastune.cost import CostModel
+from elastune.data import calibration_rows
+from elastune.importance.structure import structure_scores
+from elastune.models import load_model
+from elastune.objective import ValidationObjective, make_objective
+from elastune.progress import Reporter
+from elastune.reorder import reorder_
+from elastune.run import Run
+from elastune.search import ALGORITHMS, Known, Measurement, Trial, search
+from elastune.space import SearchSpace, SubnetConfig
+from elastune.supernet import SuperNetwork
+from elastune.tasks import get_task
+
+COST = "block_macs"
+VALUES = ("loss", COST)
+WITH_LOSSES = ("auto", "milp")
+PLAIN: dict[str, Any] = {"cache": False, "reuse": False, "race": False}
+MODES: dict[str, dict[str, Any]] = {"plain": PLAIN, "cheap": {}}
+
+
+@dataclass
+class Subject:
+    """What is searched, and what measures it."""
+
+    net: SuperNetwork
+    tokenizer: Any
+    task: Any
+    examples: Sequence[Any]
+    probes: int
+    costs: Callable[[SubnetConfig], Mapping[str, float]]
+    batch_tokens: int = 4096
+
+    def objective(self, mode: str, n: int | None = None) -> ValidationObjective:
+        """Return a new objective of a mode, over the first ``n`` examples."""
+        options: dict[str, Any] = {"kind": "loss", "against": COST, **MODES[mode]}
+        options["batch_tokens"] = self.batch_tokens
+        examples = self.examples[:n]
+        return make_objective(self.net, self.tokenizer, self.task, examples, self.costs, **options)[
+            0
+        ]
+
+
+class Remembered:
+    """Plain measurements, made once for all algorithms and seeds: their work is known anyway."""
+
+    def __init__(self, objective: ValidationObjective) -> None:
+        self._objective = objective
+        self._known: dict[SubnetConfig, Measurement] = {}
+
+    def __call__(self, config: SubnetConfig) -> Mapping[str, float]:
+        return self.measure(config, ()).values
+
+    def measure(self, config: SubnetConfig, rivals: Sequence[Trial]) -> Measurement:
+        if config not in self._known:
+            self._known[config] = self._objective.measure(config, ())
+        return self._known[config]
+
+
+def main() -> None:
+    args = _arguments()
+    console = Console(width=110)
+    subject = _of_run(args) if args.run else _untrained(args)
+    console.print(f"{subject.net.space}, {len(subject.examples)} examples")
+    subject.objective("plain")(subject.net.space.largest())  # warms up
+    kept = _Kept(args.out)
+    losses: dict[str, tuple[Losses, float]] = {}
+    remembered = Remembered(subject.objective("plain"))
+    for seed in args.seeds:
+        for algorithm in args.algorithms:
+            for mode in MODES:
+                key = f"{algorithm}/{mode}/{seed}"
+                if key in kept.rows:
+                    continue
+                started = time.perf_counter()
+                if algorithm in WITH_LOSSES and mode not in losses:
+                    losses[mode] = _single_choices(subject, mode)
+                objective = remembered if mode == "plain" else subject.objective(mode)
+                row = _search(subject, objective, algorithm, seed, losses.get(mode), args.trials)
+                kept.add(key, row)
+                console.print(
+                    f"{key}: {sum(t[2] for t in row['trials']) + row['before']:.1f} evaluations, "
+                    f"{sum(t[3] for t in row['trials'])} dropped, "
+                    f"{time.perf_counter() - started:.0f} s"
+                )
+    figures = _figures(kept.rows, args)
+    _show(console, kept.rows, figures)
+    if args.out is not None:
+        _draw(kept.rows, args, args.out / "front.svg")
+    print(json.dumps({"benchmark": "search_front", "figures": figures}))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_data_option(parser)
+    parser.add_argument(
+        "run", type=Path, nargs="?", help="run directory of a trained super-network"
+    )
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--probes", type=int, default=16, help="examples of single-choice losses")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    known = ["random", "nsga2", "milp", "auto"]
+    parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=known)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one seed, 12 trials, 32 examples")
+    args = parser.parse_args()
+    if args.quick:
+        args.trials, args.examples, args.seeds, args.probes = 12, 32, [0], 8
+    return args
+
+
+def _of_run(args: argparse.Namespace) -> Subject:
+    directory = RunDirectory(args.run)
+    run = Run(directory, directory.recipe(), Reporter())
+    net = run.load_supernet()
+    count = cost_model(run, net)
+    task = run.task(run.recipe.task)
+    examples = run.splits.validation[: args.examples]
+    return Subject(net, run.tokenizer, task, examples, args.probes, lambda c: vars(count(c)))
+
+
+def _untrained(args: argparse.Namespace) -> Subject:
+    model, tokenizer = load_model("smollm2-135m")
+    texts = calibration_texts("wikitext2", args.data)
+    rows = calibration_rows(texts, tokenizer, n_sequences=8, length=128, seed=0)
+    reorder_(model, structure_scores(model, rows, method="wanda"))
+    sizes = {"ffn": [1.0, 0.9, 0.8, 0.7], "heads": [1.0, 0.67]}
+    net = SuperNetwork(model, structure_space(model, **sizes, round_to=32))
+    task = get_task("math_instruct", data_dir=args.data, tokenizer=tokenizer)
+    examples = sorted(task.train_examples(), key=lambda e: len(e.prompt + e.completion))
+    chosen = examples[: args.examples]
+    count = CostModel(net, 128)
+    return Subject(net, tokenizer, task, chosen, args.probes, lambda c: vars(count(c)))
+
+
+def _single_choices(subject: Subject, mode: str) -> tuple[Losses, float]:
+    """Return single-choice losses, and the whole evaluations that they took."""
+    objective = subject.objective(mode, subject.probes)
+    largest = subject.net.space.largest()
+    parts = SearchSpace([dim for dim in subject.net.space.dims if dim.kind != "rank"])
+    work = 0.0
+
+    def loss(config: SubnetConfig) -> float:
+        nonlocal work
+        found = objective.measure(SubnetConfig({**largest, **config}), ())
+        work += found.equivalents
+        return found.values["loss"]
+
+    losses = single_choice_losses(loss, parts)
+    return losses, work * min(subject.probes, len(subject.examples)) / len(subject.examples)
+
+
+def _search(
+    subject: Subject,
+    objective: Any,
+    algorithm: str,
+    seed: int,
+    losses: tuple[Losses, float] | None,
+    trials: int,
+) -> dict[str, Any]:
+    """Search once; return the work before it, and loss, cost, work and fate of each trial."""
+    asks = algorithm in WITH_LOSSES and losses is not None
+    found = search(
+        subject.net.space,
+        objective,
+        values=VALUES,
+        algorithm=algorithm,
+        trials=trials,
+        seed=seed,
+        known=Known(VALUES, subject.costs, losses[0] if asks and losses else None),
+    )
+    rows = [[t.values["loss"], t.values[COST], t.equivalents, t.dropped] for t in found.trials]
+    return {"before": losses[1] if asks and losses else 0.0, "trials": rows}
+
+
+class _Kept:
+    """Searches that are done, in a file where there is a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._path = None if folder is None else folder / "searches.jsonl"
+        self.rows: dict[str, dict[str, Any]] = {}
+        if self._path is not None and self._path.exists():
+            for line in self._path.read_text().splitlines():
+                row = json.loads(line)
+                self.rows[row["search"]] = row
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        self.rows[key] = {"search": key, **row}
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(self.rows[key]) + "\n")
+
+
+def _curves(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return for each search its work so far and its hypervolume, after each trial.
+
+    Both values are put on a scale from 0, the least that any search saw, to 1, the most, which is
+    the reference point.
+    """
+    seen = np.array([t[:2] for row in rows.values() for t in row["trials"] if not t[3]])
+    low, high = seen.min(axis=0), seen.max(axis=0)
+    curves = {}
+    for key, row in rows.items():
+        points, work, curve = [], row["before"], []
+        for loss, cost, equivalents, dropped in row["trials"]:
+            work += equivalents
+            if not dropped:
+                points.append((np.array([loss, cost]) - low) / (high - low))
+            curve.append((work, moocore.hypervolume(np.array(points), ref=[1.0, 1.0])))
+        curves[key] = np.array(curve)
+    return curves
+
+
+def _figures(rows: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    curves = _curves(rows)
+    figures: dict[str, Any] = {"cost_to_match_nsga2": None}
+    for algorithm in args.algorithms:
+        for mode in MODES:
+            own = [curves[f"{algorithm}/{mode}/{seed}"] for seed in args.seeds]
+            name = f"{algorithm}_{mode}"
+            figures[f"hypervolume_{name}"] = statistics.median(curve[-1, 1] for curve in own)
+            figures[f"evaluations_{name}"] = statistics.median(curve[-1, 0] for curve in own)
+            if "nsga2" in args.algorithms:
+                figures[f"to_match_{name}"] = _to_match(curves, own, args.seeds)
+    figures["cost_to_match_nsga2"] = figures.get("to_match_auto_cheap")
+    return figures
+
+
+def _to_match(
+    curves: Mapping[str, np.ndarray], own: Sequence[np.ndarray], seeds: Sequence[int]
+) -> float | None:
+    """Return the part of plain nsga2's work after which its last hypervolume is reached."""
+    parts = []
+    for seed, curve in zip(seeds, own, strict=True):
+        work, aim = curves[f"nsga2/plain/{seed}"][-1]
+        reached = np.flatnonzero(curve[:, 1] >= aim)
+        parts.append(curve[reached[0], 0] / work if len(reached) else float("inf"))
+    middle = statistics.median(parts)
+    return float(middle) if np.isfinite(middle) else None
+
+
+def _show(console: Console, rows: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    table = Table(title="fronts, and what they cost (medians over seeds)")
+    for column in ("search", "hypervolume", "evaluations", "of nsga2's to match it"):
+        table.add_column(column, justify="left" if column == "search" else "right")
+    for name in (n.removeprefix("evaluations_") for n in figures if n.startswith("evaluations_")):
+        part = figures.get(f"to_match_{name}")
+        table.add_row(
+            name.replace("_", ", "),
+            f"{figures[f'hypervolume_{name}']:.4f}",
+            f"{figures[f'evaluations_{name}']:.1f}",
+            "never" if part is None else f"{part:.1%}",
+        )
+    console.print(table)
+
+
+def _draw(rows: Mapping[str, Any], args: argparse.Namespace, path: Path) -> None:
+    """Draw the median hypervolume over the work, a line a search."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    curves = _curves(rows)
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    most = max(curve[-1, 0] for curve in curves.values())
+    works = np.geomspace(0.5, most, 200)
+    for place, algorithm in enumerate(args.algorithms):
+        for mode, style in (("plain", "--"), ("cheap", "-")):
+            own = [curves[f"{algorithm}/{mode}/{seed}"] for seed in args.seeds]
+            steps = [[c[c[:, 0] <= w, 1].max(initial=np.nan) for w in works] for c in own]
+            ends = max(curve[-1, 0] for curve in own)
+            middle = np.where(works <= ends, np.median(steps, axis=0), np.nan)
+            axes.plot(works, middle, style, color=f"C{place}", label=f"{algorithm}, {mode}")
+    axes.set(xscale="log", xlabel="whole evaluations", ylabel="hypervolume")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
