@@ -12,6 +12,8 @@ from elastune.finetune import net_space
 from elastune.heads import HEADS
 from elastune.models import architecture
 from elastune.run import Run
+from elastune.search.stored import check_storage
+from elastune.search_limits import check_limits
 from elastune.tasks import Task
 
 
@@ -22,6 +24,8 @@ def check(run: Run) -> None:
         ElastuneError: the first thing that is wrong.
     """
     _check_training(run)
+    check_limits(run.recipe.search, run.recipe.search.limits, run.recipe.baselines)
+    check_storage(run.recipe.search.storage)
     _check_tasks(run)
     model, _ = run.load_dense()
     structure = run.recipe.structure
