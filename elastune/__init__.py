@@ -15,6 +15,7 @@ from elastune.autoload import announce_when_imported
 from elastune.version import __version__
 
 if TYPE_CHECKING:
+    from elastune.adapters import cut_adapter, from_adapter
     from elastune.allocate import allocate, single_choice_losses, uniform_config
     from elastune.build_space import lora_space
     from elastune.build_sparsity import sparsity_levels, sparsity_space
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
     from elastune.drop_blocks import drop_blocks_
     from elastune.errors import ElastuneError
     from elastune.evaluate import evaluate, mean_loss
-    from elastune.export import Saved, save_subnetwork, snap_to_uniform
+    from elastune.export import (
+        Saved,
+        check_export,
+        export_model,
+        save_subnetwork,
+        snap_to_uniform,
+    )
     from elastune.extract import PeftAdapter, extract
     from elastune.finetune import finetune
     from elastune.generate import generate
@@ -57,6 +64,7 @@ if TYPE_CHECKING:
     from elastune.train import load_trained, save_trained, train
 
 _HOMES = {
+    "adapters": ("cut_adapter", "from_adapter"),
     "allocate": ("allocate", "single_choice_losses", "uniform_config"),
     "build_space": ("lora_space",),
     "build_sparsity": ("sparsity_levels", "sparsity_space"),
@@ -67,7 +75,7 @@ _HOMES = {
     "drop_blocks": ("drop_blocks_",),
     "errors": ("ElastuneError",),
     "evaluate": ("evaluate", "mean_loss"),
-    "export": ("Saved", "save_subnetwork", "snap_to_uniform"),
+    "export": ("Saved", "check_export", "export_model", "save_subnetwork", "snap_to_uniform"),
     "extract": ("PeftAdapter", "extract"),
     "finetune": ("finetune",),
     "generate": ("generate",),
@@ -127,15 +135,19 @@ __all__ = [
     "cache_teacher",
     "calibration_rows",
     "candidate_space",
+    "check_export",
     "compare",
     "compare_latency",
+    "cut_adapter",
     "drop_blocks_",
     "encode_all",
     "evaluate",
+    "export_model",
     "extract",
     "extract_model",
     "finetune",
     "fisher_scores",
+    "from_adapter",
     "generate",
     "get_task",
     "load_model",

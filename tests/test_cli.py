@@ -23,7 +23,7 @@ from elastune.cli import app
 from elastune.console import ConsoleReporter
 
 COMMANDS = ["run", "sparsify", "space", "train", "search", "extract"]
-COMMANDS += ["sweep", "fit", "evaluate", "report", "demo", "doctor"]
+COMMANDS += ["sweep", "fit", "adapter", "push", "evaluate", "report", "demo", "doctor"]
 
 
 def cli(*arguments: Any) -> Result:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elastune.cli import fitting, looking, searching, stages
+from elastune.cli import adapters, fitting, looking, searching, stages
 from elastune.cli.frame import OUT
 from elastune.version import __version__
 
@@ -27,6 +27,8 @@ for _command in (
     searching.search,
     searching.extract,
     searching.sweep,
+    adapters.adapter,
+    adapters.push,
     stages.evaluate,
     looking.report,
     stages.demo,
