@@ -117,8 +117,8 @@ def _run(args: argparse.Namespace, name: str, seed: int, teacher: Path, console:
         "search.trials=0",
         "baselines=[]",
         "evaluate.latency=false",
-        *VARIANTS[name],
         *args.set,
+        *VARIANTS[name],  # last: what a variant leaves out stays out
     ]
     folder = name.replace(", ", "-").replace(" ", "_")
     return _do(args.out / f"{folder}-{seed}", "eftnas-minilm-glue.yaml", overrides, console)
