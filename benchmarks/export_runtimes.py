@@ -18,7 +18,7 @@ import torch
 
 from elastune.build_structure import structure_space
 from elastune.export.fresh_run import RUNTIMES
-from elastune.export.runtimes import export_model
+from elastune.export.runtimes import export_graph
 from elastune.models import load_model
 from elastune.space import SubnetConfig
 from elastune.subnetwork import extract_model
@@ -99,7 +99,7 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
-                made = export_model(source, format, out, weights=weights, tokenizer=tokenizer)
+                made = export_graph(source, format, out, weights=weights, tokenizer=tokenizer)
                 about = json.loads((out / "export.json").read_text())
                 step = RUNTIMES[made.runtime](out, about)
                 rates = speeds(step, about, n_prompt, n_new)

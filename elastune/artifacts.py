@@ -38,6 +38,7 @@ class RunDirectory:
         self.base = root / "base"
         self.sparsity = self.base / "sparsity.json"
         self.levels = self.base / "levels.safetensors"
+        self.grid = self.base / "int4_grid.safetensors"
         self.importance = root / "importance.safetensors"
         self.movement = root / "movement"
         self.generated = root / "generated.json"

@@ -114,7 +114,10 @@ def single_choices(
 
 def cost_model(run: Run, net: SuperNetwork) -> CostModel:
     """Return what counts the cost of the run's sub-networks as they are saved."""
-    return CostModel(net, run.recipe.evaluate.macs_length, merged=run.recipe.merges)
+    # Adapters that keep zeros cost as much at every rank once they are merged; a search that minds
+    # their cost means that of training and storing them.
+    merged = run.recipe.merges and run.recipe.cuts_base
+    return CostModel(net, run.recipe.evaluate.macs_length, merged=merged)
 
 
 def full_block_macs(run: Run) -> float | None:

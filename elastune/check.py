@@ -125,7 +125,7 @@ def _check_sparsity(run: Run, model: PreTrainedModel) -> None:
         run.calibration(model, cfg.calibration)
     structure = run.recipe.structure
     is_sparse = sparsity.ratio > 0 or bool(cfg.choices)
-    if run.recipe.merges and is_sparse and run.recipe.adapter.ranks:
+    if run.recipe.merges and run.recipe.cuts_base and is_sparse and run.recipe.adapter.ranks:
         run.reporter.say(
             "structure.merge adds adapters to sparse weights, whose zeros are then lost; "
             "structure.merge=false keeps them, with the adapter beside the model"

@@ -8,13 +8,15 @@ from typing import Any
 
 from elastune.budgets import budget_name, budgeted
 from elastune.errors import BadRecipe
-from elastune.export import save_subnetwork, snap_to_uniform
+from elastune.export import save_compressed, save_subnetwork, snap_to_uniform
 from elastune.extract import extract
 from elastune.files import read_json
+from elastune.merge_report import merge_report
 from elastune.run import Run
 from elastune.search import SearchResult
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.subnetwork import extract_model
+from elastune.supernet import SuperNetwork
 
 ONLY_SCORED = ("front-", "random-best")
 """Sub-networks that are compared with the chosen ones, and written only when asked for."""
@@ -126,7 +128,7 @@ def extract_chosen(
     if configs is None:
         configs = {n: c for n, c in chosen(run).items() if not n.startswith(ONLY_SCORED)}
     recipe = run.recipe
-    if not recipe.cuts_base and (format is not None or uniform):
+    if not recipe.cuts_base and (uniform or (format is not None and not recipe.saves_models)):
         raise BadRecipe(
             "only ranks are elastic in this run: adapters have one format and no blocks to cut",
             try_="leave --format and --uniform out",
@@ -139,7 +141,7 @@ def extract_chosen(
             for name, config in configs.items()
         }
     how_saved = format or (recipe.structure.format if recipe.structure else "auto")
-    how = [[how_saved, recipe.merges]] if recipe.cuts_base else []
+    how = [[how_saved, recipe.merges]] if recipe.saves_models else []
     wanted = {name: run.inputs("train", config.to_json(), *how) for name, config in configs.items()}
     folders = [run.dir.subnets / name for name in configs]
     todo = {n: c for n, c in configs.items() if not run.dir.is_done(f"extract/{n}", wanted[n])}
@@ -147,7 +149,7 @@ def extract_chosen(
         return folders
     net = net or run.load_supernet()
     for name, config in todo.items():
-        if not recipe.cuts_base and not any(config.values()):
+        if not recipe.saves_models and not any(config.values()):
             run.reporter.say(f"{name}: every rank is 0, the base alone is this sub-network")
             continue
         if not any(shape is not None for shape in net.shapes(config)):
@@ -155,17 +157,29 @@ def extract_chosen(
             continue
         folder = run.dir.subnets / name
         with run.dir.stage(f"extract/{name}", wanted[name], folder):
-            if not recipe.cuts_base:
+            if not recipe.saves_models:
                 extract(net, config).save(folder, base=str(run.dir.base.resolve()))
                 continue
-            subnet = extract_model(net, config, merge=recipe.merges)
-            saved = save_subnetwork(
-                subnet, run.tokenizer, folder, format=how_saved, origin=recipe.model
-            )
-            run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
-            for note in saved.notes:
-                run.reporter.say(f"{name}: {note}")
+            _save_model(run, net, name, config, folder, how_saved)
     return folders
+
+
+def _save_model(
+    run: Run, net: SuperNetwork, name: str, config: SubnetConfig, folder: Path, format: str
+) -> None:
+    """Write a sub-network that is a model of its own, and say what merging kept."""
+    subnet = extract_model(net, config, merge=run.recipe.merges)
+    if net.keep != "nothing":
+        run.reporter.say(f"{name}: {merge_report(net, subnet)}")
+    if subnet.grids and format == "auto":
+        saved = save_compressed(subnet, run.tokenizer, folder, origin=run.recipe.model)
+    else:
+        saved = save_subnetwork(
+            subnet, run.tokenizer, folder, format=format, origin=run.recipe.model
+        )
+    run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
+    for note in saved.notes:
+        run.reporter.say(f"{name}: {note}")
 
 
 def named_config(space: SearchSpace, text: str) -> SubnetConfig:

@@ -23,6 +23,7 @@ from elastune.sections import (
     GenerateConfig,
     ImportanceConfig,
     MovementConfig,
+    QuantiseConfig,
     SearchConfig,
     Section,
     SparsifyConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "GenerateConfig",
     "ImportanceConfig",
     "MovementConfig",
+    "QuantiseConfig",
     "Recipe",
     "SearchConfig",
     "SparsifyConfig",
@@ -61,6 +63,7 @@ _USUAL_BASELINES = {
     "shears": ["dense", "dense+lora", "sparse", "sparse+lora"],
     "lonas": ["dense", "dense+lora"],
     "eftnas": ["dense+full", "alone"],
+    "sqft": ["dense", "dense+lora", "sparse", "sparse+lora"],
     "finetune": ["dense", "dense+full", "dense+lora"],
 }
 
@@ -81,6 +84,14 @@ def _as_published(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "train": train, "structure": structure, "adapter": adapter}
 
 
+def _keeping(data: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what SQFT is: adapters that merge without losing a zero, nor the grid of the base."""
+    adapter: dict[str, Any] = {"keep": "zeros"} | dict(data.get("adapter") or {})
+    if adapter["keep"] == "int4" and data.get("quantise") is None:
+        data = {**data, "quantise": {}}
+    return {**data, "adapter": adapter}
+
+
 def _known_baselines(names: list[str]) -> list[str]:
     for name in names:
         if name not in BASELINES:
@@ -94,7 +105,7 @@ def _known_baselines(names: list[str]) -> list[str]:
 class Recipe(Section):
     """A whole run."""
 
-    method: Literal["shears", "lonas", "eftnas", "finetune"] = "shears"
+    method: Literal["shears", "lonas", "eftnas", "sqft", "finetune"] = "shears"
     model: str
     """Built-in name, hub id, folder, or .gguf file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -108,6 +119,8 @@ class Recipe(Section):
     vocabulary: Literal["whole", "task"] = "whole"
     """"task": only tokens of the training examples (and single characters) stay, in all systems."""
     sparsify: SparsifyConfig = SparsifyConfig()
+    quantise: QuantiseConfig | None = None
+    """Put the base on an INT4 grid once it is sparse; by default where adapter.keep is int4."""
     importance: ImportanceConfig | None = None
     """Only of methods that order heads and channels by it, or make the search space from it."""
     structure: StructureConfig | None = None
@@ -141,6 +154,7 @@ class Recipe(Section):
         if elsewhere and not {"ratio", "pattern"} & set(sparse):
             data = {**data, "sparsify": {**sparse, "ratio": 0.0}}
         data = data if method != "eftnas" else _as_published(data)
+        data = data if method != "sqft" else _keeping(data)
         structure = data.get("structure")
         if sparse.get("choices") and isinstance(structure, dict):
             data = {**data, "structure": {"merge": False} | structure}
@@ -164,6 +178,7 @@ class Recipe(Section):
             )
         if self.importance is not None and not ordered:
             raise ValueError("the section 'importance' is of use with structure.order=importance")
+        self._check_keep()
         if self.structure is None and not self.adapter.ranks:
             raise ValueError("adapter.ranks is empty, so that there is nothing to train")
         if not self.adapter.ranks and self.train.update == "adapter":
@@ -177,6 +192,26 @@ class Recipe(Section):
             raise ValueError(f"{name} is to be trained, so that baselines must name it")
         return self
 
+    def _check_keep(self) -> None:
+        """Raise ValueError unless merging can keep what the recipe wants."""
+        keep = self.adapter.keep
+        if self.quantise is not None and self.method != "sqft":
+            raise ValueError(f"method {self.method} has no section 'quantise'; use method: sqft")
+        if keep == "nothing" and self.quantise is None:
+            return
+        if self.method != "sqft":
+            raise ValueError(f"adapter.keep={keep} is of method: sqft, this is {self.method}")
+        if (keep == "int4") != (self.quantise is not None):
+            raise ValueError("a quantised base needs adapter.keep=int4, and that a quantised base")
+        if self.adapter.dropout > 0:
+            raise ValueError(
+                f"adapter.keep={keep} trains merged weights: adapter.dropout must be 0"
+            )
+        if self.train.update == "full":
+            raise ValueError(f"adapter.keep={keep} is of adapters: train.update must be adapter")
+        if self.sparsify.choices:
+            raise ValueError(f"adapter.keep={keep} needs one sparsity: leave sparsify.choices out")
+
     @property
     def only_scores(self) -> bool:
         """Whether the model is scored as it comes, so that no training data is needed."""
@@ -188,9 +223,15 @@ class Recipe(Section):
         return self.structure is not None or bool(self.sparsify.choices)
 
     @property
+    def saves_models(self) -> bool:
+        """Whether what is chosen is saved as models, not as adapters for one base."""
+        return self.cuts_base or self.adapter.keep != "nothing"
+
+    @property
     def merges(self) -> bool:
         """Whether adapters are added to the weights of what is saved and scored."""
-        return self.structure is not None and self.structure.merge
+        keeps = self.adapter.keep != "nothing"
+        return keeps or (self.structure is not None and self.structure.merge)
 
     @property
     def report_tasks(self) -> list[TaskConfig]:

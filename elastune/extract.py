@@ -102,12 +102,22 @@ def extract(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
     return sub_adapter(net, config)
 
 
+def refuse_unmerged(net: SuperNetwork) -> None:
+    """Raise InvalidSubnet if a super-network's adapters mean nothing beside its weights."""
+    if net.keep != "nothing":
+        raise InvalidSubnet(
+            f"adapters that keep {net.keep} are no sums: they cannot stand beside their base",
+            try_="extract_model(net, config), which merges them and keeps what they keep",
+        )
+
+
 def sub_adapter(net: SuperNetwork, config: SubnetConfig) -> PeftAdapter:
     """Cut the sub-adapter of ``config``, for the base as it is cut by ``config``.
 
     Raises:
-        InvalidSubnet: not in the space, or nothing is left of the adapter.
+        InvalidSubnet: not in the space, nothing is left of the adapter, or it is no sum.
     """
+    refuse_unmerged(net)
     with net.active(config):
         weights = {
             name: adapter.extract() for name, adapter in net.adapters.items() if not adapter.is_off

@@ -6,7 +6,7 @@ for the same number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from elastune.build_sparsity import sparsity_space
 from elastune.build_structure import structure_space
 from elastune.config import AdapterConfig, SparsifyConfig, StructureConfig, TrainConfig
 from elastune.elastic.mask import WeightLevels
+from elastune.elastic.merge_rules import Int4Grid
 from elastune.extract import extract
 from elastune.heads import HEADS
 from elastune.models import architecture, save_model
@@ -94,6 +95,7 @@ def plain(
         return WholeModel(model), FixedSampler(), cfg
     cfg = cfg.model_copy(update={"update": "adapter"})
     seed = cfg.seed or 0
+    adapter = adapter.model_copy(update={"keep": "nothing"})
     space = only_largest(adapter_space(model, adapter))
     return adapted(model, head, space, adapter, seed), RandomSampler(space, seed), cfg
 
@@ -140,6 +142,7 @@ def adapted(
     *,
     train_base: bool = False,
     levels: WeightLevels | None = None,
+    grids: Mapping[str, Int4Grid] | None = None,
 ) -> SuperNetwork:
     """Make a model elastic, and train a task's own head whole."""
     trained = [] if head == "causal-lm" else architecture(model).head_names(model)
@@ -148,6 +151,9 @@ def adapted(
         space,
         alpha=cfg.alpha,
         dropout=cfg.dropout,
+        keep=cfg.keep,
+        token_share=cfg.token_share,
+        grids=grids,
         scaling=cfg.scaling,
         seed=seed,
         trained=trained,

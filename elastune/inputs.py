@@ -47,8 +47,9 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
     plain = [*data, plain_training(recipe)]
     start = [*model, recipe.start, *(plain if recipe.start != "model" else [])]
     base: list[Any] = [*start, _sparsify(recipe), recipe.seed, sources.get("calibration")]
+    base += [] if recipe.quantise is None else [recipe.quantise]
     texts = [recipe.sparsify.calibration.source]
-    trained = [*data, recipe.adapter, recipe.train, sources.get("teacher")]
+    trained = [*data, _adapter(recipe), recipe.train, sources.get("teacher")]
     cut: list[Any] = []
     structure = recipe.structure
     length = recipe.evaluate.macs_length
@@ -79,9 +80,9 @@ def stage_inputs(recipe: Recipe, stage: str, sources: Mapping[str, str]) -> str:
         "allocate": [*base, *trained, *cut, *_budgets(recipe)],
         "dense": model,
         "dense+full": [*model, *plain],
-        "dense+lora": [*model, *plain, recipe.adapter],
+        "dense+lora": [*model, *plain, _plain_adapter(recipe)],
         "sparse": base,
-        "sparse+lora": [*base, *plain, recipe.adapter],
+        "sparse+lora": [*base, *plain, _plain_adapter(recipe)],
         # Not those of the super-network: rows of equal inputs share their figures.
         "alone": ["alone", *base, *trained, *cut],
     }
@@ -95,13 +96,25 @@ def _teacher(
     name = recipe.train.distill.teacher
     if name not in recipe.baselines:
         return [name, sources.get("teacher")]
-    return [name, *model, *plain, recipe.adapter]
+    return [name, *model, *plain, _plain_adapter(recipe)]
 
 
 def _sparsify(recipe: Recipe) -> dict[str, Any]:
     """Return how the base is made; what shares a sparsity tells nothing where none is chosen."""
     cfg = recipe.sparsify
     return cfg.model_dump(mode="json", exclude=None if cfg.choices else {"choices", "per"})
+
+
+def _adapter(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of the adapter; how it keeps something says nothing where it does not."""
+    cfg = recipe.adapter
+    unused = {"keep", "token_share"} if cfg.keep == "nothing" else None
+    return cfg.model_dump(mode="json", exclude=unused)
+
+
+def _plain_adapter(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings of the adapters of baselines, which are plain LoRA."""
+    return recipe.adapter.model_dump(mode="json", exclude={"keep", "token_share"})
 
 
 def _importance(recipe: Recipe, sources: Mapping[str, str]) -> list[Any]:

@@ -209,7 +209,7 @@ def _loaded(
             loaded = loaded.model
         if isinstance(loaded, SuperNetwork):
             config = system.config or loaded.space.largest()
-            if run.recipe.merges:
+            if run.recipe.merges and (run.recipe.cuts_base or loaded.keep != "nothing"):
                 # Then all systems are alike: a baseline's LoRA is added to its weights, too.
                 model = extract_model(loaded, config).model
                 yield system, model, config, model_cost(model, tokens)

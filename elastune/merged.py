@@ -22,6 +22,7 @@ from torch import Tensor
 from elastune.elastic.linear import ElasticConv1D, ElasticLinear, take
 from elastune.elastic.lora import ElasticLoRALinear, is_plain
 from elastune.elastic.mask import WeightMask
+from elastune.elastic.merged_product import product
 from elastune.linears import is_transposed
 
 
@@ -81,12 +82,16 @@ class MergedAdapters:
             return known.weight
         inside, outside = adapter.in_features, adapter.out_features
         tokens = x.numel() // x.shape[-1]
-        if tokens * (inside + outside) < inside * outside:
+        if adapter.rule is None and tokens * (inside + outside) < inside * outside:
             return None
         weight = stored if mask is None else mask.of(stored)
         weight = weight.T if is_transposed(base) else weight
-        room = torch.empty(weight.shape, device=weight.device) if known is None else known.weight
         b, a = adapter.lora_B[:, :rank], adapter.lora_A[:rank]
+        if adapter.rule is not None:
+            merged = adapter.rule.merge(weight, product(a, b, adapter.scale_at(rank)))
+            self._merged[id(adapter)] = _Merged(made_of, merged)
+            return merged
+        room = torch.empty(weight.shape, device=weight.device) if known is None else known.weight
         torch.addmm(weight, b, a, alpha=adapter.scale_at(rank), out=room)
         self._merged[id(adapter)] = _Merged(made_of, room)
         return room

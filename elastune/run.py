@@ -31,6 +31,7 @@ from elastune.inputs import fingerprint, plain_training, stage_inputs
 from elastune.leaks import check_text_leaks
 from elastune.models import load_model
 from elastune.progress import Reporter
+from elastune.quantise import load_grids
 from elastune.space import SearchSpace
 from elastune.sparsify import Sparsity, sparsity_report
 from elastune.supernet import SuperNetwork
@@ -268,6 +269,7 @@ class Run:
             seed,
             train_base=self.recipe.train.update == "full",
             levels=self._levels(space),
+            grids=load_grids(self.dir.grid) if self.recipe.quantise else None,
         )
 
     def _levels(self, space: SearchSpace) -> WeightLevels | None:

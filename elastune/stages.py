@@ -22,6 +22,7 @@ from elastune.importance.ranking import Ranking
 from elastune.importance.structure import structure_scores
 from elastune.inputs import fingerprint
 from elastune.models import write_model
+from elastune.quantise import quantise_, save_grids
 from elastune.reorder import reorder_
 from elastune.run import Run
 from elastune.sampling import make_sampler
@@ -44,16 +45,23 @@ def sparsify(run: Run) -> None:
                 rows = None if is_blind else run.calibration(model, cfg.calibration)
                 sparsify_(model, cfg.method, run.sparsity, rows, progress=bar)
         _reorder(run, model)
+        grids = None
+        if run.recipe.quantise is not None:
+            grids = quantise_(model, group_size=run.recipe.quantise.group_size)
         levels = _levels(run, model)
         report = sparsity_report(model, method=cfg.method, sparsity=run.sparsity)
         with whole_folder(run.dir.base) as partial:
             write_model(model, run.tokenizer, partial)
             write_json(partial / run.dir.sparsity.name, report)
+            if grids is not None:
+                save_grids(partial / run.dir.grid.name, grids)
             if levels is not None:
                 save_levels(partial / run.dir.levels.name, levels, {"criterion": cfg.method})
     if run.sparsity.ratio > 0:
         share = report["total"]["sparsity"]
         run.reporter.say(f"{share:.2%} of the blocks' weights are zero")
+    if grids is not None:
+        run.reporter.say(f"the weights of {len(grids)} linear layers are on an INT4 grid")
 
 
 def _levels(run: Run, model: PreTrainedModel) -> WeightLevels | None:

@@ -8,8 +8,8 @@ super-network, EFTNAS slices widths but not depth.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from elastune.elastic.linear import (
     unmake_sliceable,
 )
 from elastune.elastic.lora import ElasticLoRALinear
+from elastune.elastic.merge_rules import Int4Grid
 from elastune.elastic.skip import unmake_skippable
 from elastune.errors import InvalidSubnet
-from elastune.extract import PeftAdapter, sub_adapter
+from elastune.extract import PeftAdapter, refuse_unmerged, sub_adapter
 from elastune.linears import is_transposed, out_features
 from elastune.models.blocks import PARTS, Block, BlockShape
 from elastune.space import SubnetConfig
@@ -46,6 +47,7 @@ class Subnetwork:
         shapes: sizes of the blocks that are left, in order.
         kept_blocks: their numbers in the super-network.
         adapter: the sub-adapter for ``model``, where it was not merged and is not all of rank 0.
+        grids: module name -> the INT4 grid that its weight lies on.
     """
 
     config: SubnetConfig
@@ -53,6 +55,7 @@ class Subnetwork:
     shapes: tuple[BlockShape, ...]
     kept_blocks: tuple[int, ...]
     adapter: PeftAdapter | None = None
+    grids: Mapping[str, Int4Grid] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -63,11 +66,14 @@ def extract_model(net: SuperNetwork, config: SubnetConfig, *, merge: bool = True
         net: stays as it is; no weight is shared with it.
         config: of its space.
         merge: add the adapter to the weights (W + s B A). Zeros of a sparse base are lost where an
-            adapter is added; with False they stay, and the adapter comes beside the model.
+            adapter is added, unless the super-network keeps them (``keep``); with False they stay,
+            and the adapter comes beside the model.
 
     Raises:
         InvalidSubnet: not in the space, every block left out, or an adapter that cannot be merged.
     """
+    if not merge:
+        refuse_unmerged(net)
     shapes = net.shapes(config)
     kept = tuple(index for index, shape in enumerate(shapes) if shape is not None)
     if not kept:
@@ -89,7 +95,7 @@ def extract_model(net: SuperNetwork, config: SubnetConfig, *, merge: bool = True
     model.requires_grad_(True)
     model.eval()
     left = tuple(shape for shape in shapes if shape is not None)
-    return Subnetwork(config, model, left, kept, adapter)
+    return Subnetwork(config, model, left, kept, adapter, net.grids if merge else {})
 
 
 def _active_weights(whole: Sequence[Block], shapes: Sequence[BlockShape | None]) -> dict[int, Any]:
@@ -137,11 +143,9 @@ def _merge(replaced: dict[int, Any], name: str, lora: ElasticLoRALinear) -> None
             f"the weight of {name} is quantised, so that no adapter can be added to it",
             try_="merge=False",
         )
-    a, b, scale = lora.extract()
-    delta = scale * (b.float() @ a.float())
-    delta = delta.T if is_transposed(base) else delta
-    weight = replaced.setdefault(id(base.weight), _parameter(base.weight))
-    weight.copy_((weight.float() + delta).to(weight.dtype))
+    stored = replaced.setdefault(id(base.weight), _parameter(base.weight))
+    weight = stored.T if is_transposed(base) else stored
+    weight.copy_(lora.merge(weight))
 
 
 def _for_kept_blocks(

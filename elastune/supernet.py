@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from elastune.elastic.embedding import (
     make_factorisable,
     unmake_factorisable,
 )
-from elastune.elastic.linear import ElasticConv1D, ElasticLinear
+from elastune.elastic.linear import ElasticConv1D, ElasticLinear, can_slice
 from elastune.elastic.lora import ElasticLoRALinear, Scaling
 from elastune.elastic.mask import WeightLevels
+from elastune.elastic.merge_rules import KEEPS, Int4Grid, Keep, KeepGrid, KeepZeros
 from elastune.elastic.sparse import ElasticSparsity, check_density
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
 from elastune.linears import is_linear
@@ -49,6 +50,11 @@ class SuperNetwork(nn.Module):
             gradient.
         levels: which weights stay at which density, where the space has dims of that kind
             (`elastune.build_sparsity.sparsity_levels`).
+        keep: what merging is to keep of the base, which is then kept in training, too: see
+            `elastune.elastic.merge_rules.Keep`.
+        token_share: part of the tokens that the gradient of adapters that keep something is
+            estimated from (`elastune.elastic.merged_product`).
+        grids: module name -> the INT4 grid that its weight lies on (`elastune.quantise`).
 
     Raises:
         InvalidSpace: a dim names a module that the model lacks or that cannot be made elastic, or
@@ -67,6 +73,9 @@ class SuperNetwork(nn.Module):
         trained: Sequence[str] = (),
         train_base: bool = False,
         levels: WeightLevels | None = None,
+        keep: Keep = "nothing",
+        token_share: float = 1.0,
+        grids: Mapping[str, Int4Grid] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -75,6 +84,11 @@ class SuperNetwork(nn.Module):
         self.space = space
         # Checked whole before anything is changed: a refused model is as it was.
         largest = _largest_ranks(model, space)
+        self.keep = keep
+        """What merging keeps of the base."""
+        self.grids = dict(grids or {})
+        """Module name -> the INT4 grid that its weight lies on."""
+        _check_keep(model, space, largest, keep, dropout, token_share, self.grids)
         table = _embedding_dim(model, space)
         sparse = [dim for dim in space.dims if dim.kind == "density"]
         if sparse:
@@ -92,6 +106,10 @@ class SuperNetwork(nn.Module):
         for name in self.trained:
             model.get_submodule(name).requires_grad_(True)
         self.adapters = _add_adapters(model, largest, alpha, dropout, scaling, seed)
+        for name, adapter in self.adapters.items():
+            adapter.token_share = token_share
+            if keep != "nothing":
+                adapter.rule = KeepZeros() if keep == "zeros" else KeepGrid(self.grids[name])
         self._members: list[tuple[str, list[ElasticLoRALinear]]] = [
             (dim.name, [self.adapters[name] for name in dim.modules])
             for dim in space.dims
@@ -241,6 +259,38 @@ def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]
                 raise InvalidSpace(f"{name} stands in two dims; one rank cannot follow both")
             largest[name] = dim.choices[0]
     return largest
+
+
+def _check_keep(
+    model: PreTrainedModel,
+    space: SearchSpace,
+    largest: Mapping[str, int],
+    keep: Keep,
+    dropout: float,
+    token_share: float,
+    grids: Mapping[str, Int4Grid],
+) -> None:
+    """Raise InvalidSpace unless merging can keep what is asked for."""
+    if keep not in KEEPS:
+        raise InvalidSpace(f"keep must be one of {', '.join(KEEPS)}, got {keep!r}")
+    if not 0 < token_share <= 1:
+        raise InvalidSpace(f"token_share is a part of the tokens, above 0 to 1, got {token_share}")
+    if keep == "nothing":
+        return
+    if dropout > 0:
+        raise InvalidSpace(
+            f"keep={keep} trains merged weights, which have no input of the adapter to drop",
+            try_="dropout 0",
+        )
+    for name in largest:
+        if not can_slice(model.get_submodule(name)):
+            raise InvalidSpace(f"keep={keep}: the weight of {name} is packed, and cannot be merged")
+        if keep == "int4" and name not in grids:
+            raise InvalidSpace(
+                f"keep=int4: there is no grid of {name}", try_="grids=quantise_(model)"
+            )
+    if keep == "int4" and any(dim.kind in STRUCTURE_KINDS for dim in space.dims):
+        raise InvalidSpace("keep=int4 is of bases whose ranks and density alone are elastic")
 
 
 def _embedding_dim(

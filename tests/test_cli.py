@@ -23,6 +23,7 @@ from elastune.cli import app
 from elastune.console import ConsoleReporter
 
 COMMANDS = ["run", "sparsify", "space", "train", "search", "extract"]
+COMMANDS += ["export", "check", "profile"]
 COMMANDS += ["sweep", "fit", "adapter", "push", "evaluate", "report", "demo", "doctor"]
 
 

@@ -90,6 +90,7 @@ def test_shipped_recipes_load_and_survive_a_round_trip(path: Path, tmp_path: Pat
 def test_a_dumped_recipe_spells_every_default_out() -> None:
     elastic = {"method": "eftnas", "structure": {"generate": {}}}
     text = dump_recipe(make_recipe(SMALLEST | elastic, ""))
+    text += dump_recipe(make_recipe(SMALLEST | {"method": "sqft", "adapter": {"keep": "int4"}}, ""))
     for section in SECTIONS:
         for name in section.model_fields:
             assert f"{name}:" in text

@@ -21,7 +21,7 @@ from test_structure_law import law_net
 from elastune.elastic.factorised import FactorisedEmbedding
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError
 from elastune.export import save_subnetwork
-from elastune.export.runtimes import RUNTIME_FORMATS, RuntimeExport, check_export, export_model
+from elastune.export.runtimes import RUNTIME_FORMATS, RuntimeExport, check_graph, export_graph
 from elastune.space import SubnetConfig
 from elastune.subnetwork import Subnetwork, extract_model
 
@@ -43,7 +43,7 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RuntimeExport]
     cases = {name: (name, None) for name in FORMATS}
     cases |= {"int8": ("openvino", "int8"), "int4": ("openvino", "int4")}
     return {
-        key: export_model(sub, format, root / key, weights=weights, tokenizer=word_tokenizer())
+        key: export_graph(sub, format, root / key, weights=weights, tokenizer=word_tokenizer())
         for key, (format, weights) in cases.items()
     }
 
@@ -115,9 +115,8 @@ def test_the_cache_of_each_layer_has_the_size_of_that_layer(
 @pytest.mark.parametrize(
     ("name", "head", "format"),
     [
-        ("qwen3", "causal-lm", "openvino"),
         ("bert", "classifier", "onnx"),
-        ("bert", "reader", "openvino"),
+        pytest.param("bert", "reader", "openvino", marks=pytest.mark.slow),
         pytest.param("bert", "classifier", "torch-export", marks=pytest.mark.slow),
         pytest.param("gemma2", "causal-lm", "onnx", marks=pytest.mark.slow),
         pytest.param("vit", "image-classifier", "onnx", marks=pytest.mark.slow),
@@ -126,20 +125,20 @@ def test_the_cache_of_each_layer_has_the_size_of_that_layer(
 def test_other_families_and_heads_agree_in_their_runtime(
     name: str, head: str, format: str, tmp_path: Path
 ) -> None:
-    export = export_model(cut(name, head, ((2, 24), (4, 0), (0, 40))), format, tmp_path / "out")
+    export = export_graph(cut(name, head, ((2, 24), (4, 0), (0, 40))), format, tmp_path / "out")
     assert export.largest_difference < 2e-5
     about = json.loads((tmp_path / "out" / "export.json").read_text())
     wanted = ["start_logits", "end_logits"] if head == "reader" else ["logits"]
     assert about["outputs"] == wanted
 
 
-def test_an_embedding_of_low_rank_stays_two_factors(tmp_path: Path) -> None:
-    net = law_net("llama", "causal-lm")
+def test_a_qwen3_whose_embedding_is_two_factors_agrees_in_openvino(tmp_path: Path) -> None:
+    net = law_net("qwen3", "causal-lm")
     rank = next(d for d in net.space.dims if "embedding" in d.name)
     choices = dict(net.space.largest()) | {rank.name: min(rank.choices)}
     sub = extract_model(net, SubnetConfig(choices))
     assert isinstance(sub.model.get_input_embeddings(), FactorisedEmbedding)
-    export = export_model(sub, "onnx", tmp_path / "out")
+    export = export_graph(sub, "openvino", tmp_path / "out")
     assert export.largest_difference < 1e-4
 
 
@@ -154,7 +153,7 @@ def test_a_saved_folder_exports_as_the_subnetwork_does(
 ) -> None:
     sub = cut("llama", "causal-lm", RAGGED)
     save_subnetwork(sub, word_tokenizer(), tmp_path / "saved", format=saved_as)
-    export = export_model(tmp_path / "saved", "openvino", tmp_path / "out")
+    export = export_graph(tmp_path / "saved", "openvino", tmp_path / "out")
     mine, direct = arrays(export.folder), arrays(llamas["openvino"].folder)
     assert mine["prompt0.new_ids"].tolist() == direct["prompt0.new_ids"].tolist()
     np.testing.assert_allclose(mine["case0.logits"], direct["case0.logits"], atol=1e-4)
@@ -175,7 +174,9 @@ print(found["ids"].tolist())
 """
 
 
-@each_format
+@pytest.mark.parametrize(
+    "format", ["onnx", "openvino", pytest.param("torch-export", marks=pytest.mark.slow)]
+)
 def test_the_lines_of_the_readme_generate_the_models_text(
     llamas: dict[str, RuntimeExport], format: str, tmp_path: Path
 ) -> None:
@@ -321,7 +322,7 @@ def test_a_turned_tensor_and_a_left_out_layer_are_found_by_what_the_graph_comput
     folder = copied(llamas[format], tmp_path)
     BREAKS[format][number](folder)
     with pytest.raises(ElastuneError, match="does not compute what the model does: logits differ"):
-        check_export(folder)
+        check_graph(folder)
 
 
 @pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
@@ -329,21 +330,21 @@ def test_a_changed_rounded_tensor_is_found_by_what_the_graph_computes(
     llamas: dict[str, RuntimeExport], weights: str, tmp_path: Path
 ) -> None:
     folder = copied(llamas[weights], tmp_path)
-    assert check_export(folder) == llamas[weights].agreement
+    assert check_graph(folder) == llamas[weights].agreement
     flip_openvino(folder)
     with pytest.raises(ElastuneError, match="logits differ"):
-        check_export(folder)
+        check_graph(folder)
 
 
 def test_one_changed_bit_is_found(llamas: dict[str, RuntimeExport], tmp_path: Path) -> None:
     folder = copied(llamas["onnx"], tmp_path)
-    assert check_export(folder) == llamas["onnx"].agreement
+    assert check_graph(folder) == llamas["onnx"].agreement
     file = folder / "model.onnx.data"
     data = bytearray(file.read_bytes())
     data[1024] ^= 1
     file.write_bytes(bytes(data))
     with pytest.raises(ElastuneError, match="data changed since the export"):
-        check_export(folder)
+        check_graph(folder)
 
 
 @each_format
@@ -354,10 +355,10 @@ def test_half_a_file_and_no_file_are_found(
     file = folder / RUNTIME_FORMATS[format].file
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ElastuneError, match="the runtime cannot run what was exported"):
-        check_export(folder)
+        check_graph(folder)
     file.unlink()
     with pytest.raises(BadArtifact, match=f"lacks {file.name}"):
-        check_export(folder)
+        check_graph(folder)
 
 
 def test_an_export_that_computes_something_else_is_not_kept(
@@ -366,14 +367,15 @@ def test_an_export_that_computes_something_else_is_not_kept(
     stock = RUNTIME_FORMATS["onnx"]
 
     def wrong(model: Any, graph: Any, folder: Path, weights: str) -> None:
-        stock.write(model, graph, folder, weights)
+        for name in ("model.onnx", "model.onnx.data"):  # written before, which takes seconds
+            (folder / name).write_bytes((llamas["onnx"].folder / name).read_bytes())
         flip_onnx(folder)
 
     monkeypatch.setitem(RUNTIME_FORMATS, "onnx", replace(stock, write=wrong))
     out = copied(llamas["onnx"], tmp_path / "out")
     before = sorted(p.name for p in out.iterdir())
     with pytest.raises(ElastuneError, match="logits differ"):
-        export_model(cut("llama", "causal-lm", RAGGED), "onnx", out)
+        export_graph(cut("llama", "causal-lm", RAGGED), "onnx", out)
     assert sorted(p.name for p in out.iterdir()) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -396,19 +398,19 @@ def test_a_pt2_file_holds_nothing_pickled_and_one_that_does_is_not_loaded(
     program.example_inputs = ((ids, ids, ids, cache), {})
     torch.export.save(program, file)
     with pytest.raises(ElastuneError, match="holds pickled data"):
-        check_export(folder)
+        check_graph(folder)
 
 
 def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     sub = cut("llama", "causal-lm", ((2, 16), (2, 16)))
     with pytest.raises(BadRecipe, match=r"unknown format 'onx' \(did you mean 'onnx'"):
-        export_model(sub, "onx", tmp_path / "out")
+        export_graph(sub, "onx", tmp_path / "out")
     with pytest.raises(BadRecipe, match="onnx has no weights 'int4'"):
-        export_model(sub, "onnx", tmp_path / "out", weights="int4")
+        export_graph(sub, "onnx", tmp_path / "out", weights="int4")
     adapter: Any = object()
     with pytest.raises(BadRecipe, match="is not merged"):
-        export_model(replace(sub, adapter=adapter), "onnx", tmp_path / "out")
+        export_graph(replace(sub, adapter=adapter), "onnx", tmp_path / "out")
     half = Subnetwork(sub.config, sub.model.to(torch.bfloat16), sub.shapes, sub.kept_blocks)
     with pytest.raises(BadRecipe, match="bfloat16"):
-        export_model(half, "onnx", tmp_path / "out")
+        export_graph(half, "onnx", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

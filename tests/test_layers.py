@@ -27,7 +27,9 @@ LAYERS: list[set[str]] = [
     {"cost", "extract", "memory", "choices", "heads", "reorder"},
     {"subnetwork", "latency", "importance", "predict", "harness_model", "harness_results"}
     | {"prefix_reuse"},
-    {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"},
+    {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"}
+    | {"quantise"},
+    {"merge_report"},
     {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"},
     {"threshold", "train_step"},
     {"generate_space", "train", "rank_in_rounds"},
@@ -38,7 +40,7 @@ LAYERS: list[set[str]] = [
     {"search_costs", "search_limits"},
     {"search_stage"},
     {"choose"},
-    {"alone", "targets"},
+    {"alone", "export_run", "targets"},
     {"check", "measure"},
     {"measure_harness", "methods"},
     {"fit_request"},

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elastune.cli import adapters, fitting, looking, searching, stages
+from elastune.cli import adapters, exporting, fitting, looking, searching, stages
 from elastune.cli.frame import OUT
 from elastune.version import __version__
 
@@ -27,6 +27,9 @@ for _command in (
     searching.search,
     searching.extract,
     searching.sweep,
+    exporting.export,
+    exporting.check,
+    exporting.profile,
     adapters.adapter,
     adapters.push,
     stages.evaluate,

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from elastune.elastic.linear import ElasticConv1D, ElasticLinear, Ranges, length_of, take
+from elastune.elastic.merge_rules import MergeRule
+from elastune.elastic.merged_product import MergedProduct, product
 from elastune.errors import InvalidSpace, InvalidSubnet
-from elastune.linears import in_features, out_features
+from elastune.linears import in_features, is_transposed, out_features
 
 Scaling = Literal["alpha/r_max", "alpha/r", "rslora"]
 """What multiplies B A: alpha over the largest rank (as in the papers, whatever rank is active),
@@ -68,6 +70,11 @@ class ElasticLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, self.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
         self.active_rank = rank
+        self.rule: MergeRule | None = None
+        """How its product joins the base's weight, where that is more than a sum: what runs is then
+        the merged weight, in training, too."""
+        self.token_share = 1.0
+        """Part of the tokens that its gradient is estimated from, where it has a rule."""
         self.reset()
 
     @classmethod
@@ -114,8 +121,9 @@ class ElasticLoRALinear(nn.Module):
         if self.is_off:
             return self.base(x)
         scale = self.scale_at(rank)
-        a = take(self.lora_A[:rank], 1, self.columns)
-        b = take(self.lora_B[:, :rank], 0, self.rows)
+        a, b = self._factors()
+        if self.rule is not None:
+            return self._merged_product(x, a, b, scale, self.rule)
         autocast = torch.is_autocast_enabled(x.device.type)
         same_kind = self.dropout is None and x.dtype == a.dtype and not autocast
         if same_kind and is_plain(self.base) and _is_frozen(self.base):
@@ -125,6 +133,31 @@ class ElasticLoRALinear(nn.Module):
         inputs = x if self.dropout is None else self.dropout(x)
         low = (inputs.to(a.dtype) @ a.T) @ b.T
         return out + (low * scale).to(out.dtype)
+
+    def _merged_product(
+        self, x: Tensor, a: Tensor, b: Tensor, scale: float, rule: MergeRule
+    ) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight, bias = _active(self.base)
+        share = self.token_share if self.training else 1.0
+        out: Tensor = MergedProduct.apply(x, weight, bias, a, b, scale, rule, share)
+        return out
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Return the active A ``(r, I)`` and B ``(O, r)``."""
+        a = take(self.lora_A[: self.active_rank], 1, self.columns)
+        return a, take(self.lora_B[:, : self.active_rank], 0, self.rows)
+
+    @torch.no_grad()
+    def merge(self, weight: Tensor) -> Tensor:
+        """Return an active weight of the base, ``(O, I)``, with the active adapter in it."""
+        if self.is_off:
+            return weight
+        delta = product(*self._factors(), self.scale_at(self.active_rank))
+        if self.rule is not None:
+            return self.rule.merge(weight, delta)
+        return delta.add_(weight).to(weight.dtype)
 
     @property
     def is_off(self) -> bool:
@@ -149,8 +182,7 @@ class ElasticLoRALinear(nn.Module):
     def extract(self) -> tuple[Tensor, Tensor, float]:
         """Return copies of the active A ``(r, I)`` and B ``(O, r)``, and their scale."""
         rank = self.active_rank
-        a = take(self.lora_A[:rank], 1, self.columns).detach().clone().contiguous()
-        b = take(self.lora_B[:, :rank], 0, self.rows).detach().clone().contiguous()
+        a, b = (factor.detach().clone().contiguous() for factor in self._factors())
         return a, b, self.scale_at(rank) if rank else 0.0
 
     def extra_repr(self) -> str:
@@ -174,7 +206,7 @@ def _active(base: Any) -> tuple[Tensor, Tensor | None]:
     """Return the weight ``(O, I)`` and bias that a base multiplies with."""
     if isinstance(base, ElasticLinear | ElasticConv1D):
         return base.active_weight(), base.active_bias()
-    return base.weight, base.bias
+    return base.weight.T if is_transposed(base) else base.weight, base.bias
 
 
 class _FrozenLinearPlusLoRA(torch.autograd.Function):

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadRecipe, UnsupportedModel
 from elastune.export.base import stock_class, stock_config, stock_state
-from elastune.export.runtimes import load_any
-from elastune.models.checkpoint import check_folder
+from elastune.export.source import read_model
 from elastune.models.llama_shaped import FAMILIES, LlamaShaped, llama_shaped
 from elastune.subnetwork import Subnetwork
 
@@ -26,30 +24,9 @@ def source_model(
     Raises:
         BadRecipe: an adapter that is not merged, no tokenizer, or a model in half precision.
     """
-    if isinstance(source, Subnetwork | PreTrainedModel):
-        model = source.model if isinstance(source, Subnetwork) else source
-        has_adapter = isinstance(source, Subnetwork) and source.adapter is not None
-        name = Path(str(model.config.name_or_path or "")).name or type(model).__name__
-    else:
-        folder = Path(source)
-        check_folder(folder)
-        has_adapter, name = (folder / "adapter").is_dir(), folder.name
-        model = load_any(folder)
-        if tokenizer is None and (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    if has_adapter:
-        raise BadRecipe(
-            f"the adapter of {name} is not merged, and this format holds one model",
-            try_="extract_model(net, config, merge=True)",
-        )
+    model, tokenizer, name = read_model(source, tokenizer)
     if tokenizer is None:
         raise BadRecipe("there is no tokenizer, which is part of this format", try_="tokenizer=")
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        raise BadRecipe(
-            f"the model is {model.dtype} on {model.device}; it is exported from float32 on the CPU",
-            try_='model.to("cpu", torch.float32)',
-        )
-    model.eval()
     return model, tokenizer, name
 
 

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError
 from elastune.export import merged_sparse_run
-from elastune.export.runtimes import load_any
+from elastune.export.card_facts import CardFacts
 from elastune.export.saved import Saved, save_subnetwork
+from elastune.export.source import load_any
 from elastune.export.verify import auto_class
 from elastune.files import read_json, whole_folder, write_json
 from elastune.subnetwork import Subnetwork
@@ -88,6 +89,7 @@ def save_merged_sparse(
     base: Subnetwork | PreTrainedModel | str | Path,
     format: str = "auto",
     origin: str | None = None,
+    facts: CardFacts | None = None,
 ) -> Saved:
     """Save a merged sub-network whose zeros are those of its base, and prove that they are.
 
@@ -102,6 +104,7 @@ def save_merged_sparse(
             folder that it was saved in.
         format: as of `save_subnetwork`.
         origin: the name of the model it was cut from, for the README.md.
+        facts: what else the README.md is to say.
 
     Raises:
         BadRecipe: an adapter that is not merged, or a base of other sizes or without zeros.
@@ -118,7 +121,7 @@ def save_merged_sparse(
     target = Path(folder).absolute()
     with whole_folder(target) as partial:
         inner = partial / target.name  # the README.md calls the folder by its name
-        saved = save_subnetwork(sub, tokenizer, inner, format=format, origin=origin)
+        saved = save_subnetwork(sub, tokenizer, inner, format=format, origin=origin, facts=facts)
         for file in list(inner.iterdir()):
             shutil.move(file, partial)
         inner.rmdir()

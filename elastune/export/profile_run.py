@@ -73,6 +73,10 @@ def open_checkpoint(folder: Path, options: Any) -> Opened:
     torch.set_num_threads(options["threads"])
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    adapter = folder / "adapter"
+    if (folder / "adapter_config.json").is_file():  # an adapter alone: its base lies elsewhere
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        adapter, folder = folder, Path(named["base_model_name_or_path"])
     about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (wanted,) = about["architectures"]
     heads = ("ForCausalLM", "ForSequenceClassification", "ForQuestionAnswering")
@@ -85,10 +89,10 @@ def open_checkpoint(folder: Path, options: Any) -> Opened:
     # The modelling file of hf-hetero is one that elastune wrote.
     own = str(about.get("model_type", "")).startswith("elastune_")
     model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=own)
-    if (folder / "adapter").is_dir():
+    if (adapter / "adapter_config.json").is_file():
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, folder / "adapter")
+        model = PeftModel.from_pretrained(model, str(adapter))
     model.eval()
     load_s = time.perf_counter() - started
     generates = head == "ForCausalLM"
@@ -158,7 +162,11 @@ def opener(folder: Path) -> Callable[[Path, Any], Opened]:
     """Return what opens a folder or file."""
     if folder.suffix == ".gguf" or any(folder.glob("*.gguf")):
         return open_gguf
-    return open_graph if (folder / "export.json").is_file() else open_checkpoint
+    record = folder / "export.json"
+    if not record.is_file():
+        return open_checkpoint
+    runtime = json.loads(record.read_text(encoding="utf-8"))["runtime"]
+    return open_checkpoint if runtime == "transformers" else open_graph
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from elastune.errors import BadArtifact, ElastuneError
 from elastune.export import profile_run
+from elastune.export.source import base_of, is_adapter
 from elastune.files import read_json
 
 _MB = 2**20
@@ -33,7 +34,8 @@ class ExportProfile:
     Attributes:
         name: of its folder or file.
         runtime: the package that ran it.
-        disk_mb: of all files that are needed to run it, in MB of 2**20 bytes.
+        disk_mb: of all files that are needed to run it, in MB of 2**20 bytes; of an adapter
+            with its base.
         load_s: from the files to a model that is ready; the runtime was imported before.
         prefill_tokens_per_s: of a prompt, one sequence.
         decode_tokens_per_s: after it; None for models that generate nothing.
@@ -66,7 +68,7 @@ def profile_exports(
 
     Args:
         exports: folders of checkpoints (``hf...``, with or without an adapter beside the model), of
-            graphs for other runtimes, or GGUF files.
+            adapters, of graphs for other runtimes, or GGUF files.
         prompt_tokens: length of the prompt; encoders read a text of that length.
         new_tokens: generated after it.
         threads: of every runtime; all processors by default.
@@ -79,6 +81,8 @@ def profile_exports(
     """
     places = [Path(export).absolute() for export in exports]
     runtimes = [runtime_of(place) for place in places]
+    # An adapter is no use without its base, which may be gone.
+    bases = [base_of(place) if is_adapter(place) else None for place in places]
     options = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -93,9 +97,9 @@ def profile_exports(
                 progress(turn * len(places) + number + 1, rounds * len(places))
     return [
         ExportProfile(
-            name=place.name,
+            name=name,
             runtime=runtime,
-            disk_mb=round(_bytes_of(place) / _MB, 2),
+            disk_mb=round((_bytes_of(place) + (_bytes_of(base) if base else 0)) / _MB, 2),
             load_s=_median(own, "load_s"),
             prefill_tokens_per_s=prompt_tokens / _median(own, "prefill_s"),
             decode_tokens_per_s=_per_second(new_tokens, own),
@@ -103,8 +107,19 @@ def profile_exports(
             prefill_speed_up=_speed_up(found[0], own, "prefill_s") or 0.0,
             decode_speed_up=_speed_up(found[0], own, "decode_s"),
         )
-        for place, runtime, own in zip(places, runtimes, found, strict=True)
+        for name, place, base, runtime, own in zip(
+            names_of(places), places, bases, runtimes, found, strict=True
+        )
     ]
+
+
+def names_of(places: Sequence[Path]) -> list[str]:
+    """Return what to call exports: the last parts of their paths, as many as tell them apart."""
+    for count in range(1, max((len(place.parts) for place in places), default=0)):
+        names = ["/".join(place.parts[-count:]) for place in places]
+        if len(set(names)) == len(set(places)):
+            return names
+    return [str(place) for place in places]
 
 
 def runtime_of(place: Path) -> str:
@@ -119,8 +134,14 @@ def runtime_of(place: Path) -> str:
         if any(place.glob("*.gguf")):
             return "llama.cpp"
         if (place / "export.json").is_file():
-            return str(read_json(place / "export.json")["runtime"])
-        if (place / "config.json").is_file():
+            about = read_json(place / "export.json")
+            if about["format"] == "nemotron-nas":
+                raise BadArtifact(
+                    f"{place} is for vLLM, which is not run here",
+                    try_="the same sub-network as another format, such as hf-hetero or gguf",
+                )
+            return str(about["runtime"])
+        if any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
             return "transformers"
     raise BadArtifact(
         f"{place} is no export: no folder with config.json, export.json or a .gguf file, and no "

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastune.errors import BadArtifact, BadRecipe, ElastuneError, UnsupportedModel, nearest
+from elastune.errors import BadArtifact, BadRecipe, ElastuneError, nearest
+from elastune.export.card import CardText, card, pipeline_tag
+from elastune.export.card_facts import CardFacts
 from elastune.export.graph import Graph, graph_of
 from elastune.export.reference import (
     Agreement,
@@ -26,12 +26,11 @@ from elastune.export.reference import (
     run_fresh,
 )
 from elastune.export.runtime_base import RuntimeFormat
+from elastune.export.source import read_model
 from elastune.export.to_onnx import ONNX
 from elastune.export.to_openvino import OPENVINO
 from elastune.export.to_torch_export import TORCH_EXPORT
 from elastune.files import read_json, whole_folder, write_json, write_text
-from elastune.models.checkpoint import check_folder
-from elastune.models.registration import AUTO_CLASSES
 from elastune.subnetwork import Subnetwork
 from elastune.version import __version__
 
@@ -75,20 +74,21 @@ class RuntimeExport:
         return self.agreement.largest_difference
 
 
-def export_model(
+def export_graph(
     source: Subnetwork | PreTrainedModel | str | Path,
     format: str,
     out: str | Path,
     *,
     weights: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    facts: CardFacts | None = None,
 ) -> RuntimeExport:
     """Export a model as a graph, and prove it in a fresh process by the runtime that loads it.
 
     The folder is replaced whole, once the runtime computes in it what the torch model does: logits
     of single rows, of padded batches and with a cache, and greedy text. It holds the graph, the
     tokenizer, a README.md with the lines that run it, and ``export.json`` and
-    ``reference.safetensors`` for `check_export`.
+    ``reference.safetensors`` for `check_graph`.
 
     Args:
         source: a sub-network, a folder that `save_subnetwork` or transformers wrote, or a model;
@@ -97,6 +97,7 @@ def export_model(
         out: where to.
         weights: ``"float32"``, and for ``openvino`` also ``"int8"`` or ``"int4"``.
         tokenizer: saved beside it; None takes the folder's.
+        facts: for the README.md: recipe, figures and licence, as far as they are known.
 
     Raises:
         BadRecipe: an unknown format or kind of weights, a missing package, or an adapter that is
@@ -106,7 +107,7 @@ def export_model(
     """
     chosen = _format(format)
     kept = _weights(chosen, weights)
-    model, tokenizer, name = _source(source, tokenizer)
+    model, tokenizer, name = read_model(source, tokenizer)
     graph = graph_of(model)
     with whole_folder(out) as partial:
         started = time.monotonic()
@@ -117,7 +118,9 @@ def export_model(
             tokenizer.save_pretrained(partial)
         code = chosen.example(graph)
         title = Path(out).absolute().name
-        write_text(partial / "README.md", _card(title, name, chosen, kept, found, code))
+        text = _card(title, name, chosen, kept, found, code)
+        text = replace(text, pipeline_tag=pipeline_tag(model))
+        write_text(partial / "README.md", card(text, facts))
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         names = tuple(p.relative_to(partial).as_posix() for p in files)
         n_bytes = sum(p.stat().st_size for p in files if p.name != "reference.safetensors")
@@ -135,7 +138,7 @@ def export_model(
     )
 
 
-def check_export(folder: str | Path) -> Agreement:
+def check_graph(folder: str | Path) -> Agreement:
     """Run an export once more in a fresh process, and compare with what the torch model computed.
 
     Raises:
@@ -237,7 +240,7 @@ def _format(name: str) -> RuntimeFormat:
         raise BadRecipe(
             f"unknown format {name!r}{nearest(name, RUNTIME_FORMATS)}; known are "
             f"{', '.join(RUNTIME_FORMATS)}",
-            try_="one of these; Hugging Face formats are written by save_subnetwork",
+            try_="one of these; export_model knows the other formats",
         )
     chosen = RUNTIME_FORMATS[name]
     missing = [p for p in chosen.packages if importlib.util.find_spec(p) is None]
@@ -260,70 +263,25 @@ def _weights(chosen: RuntimeFormat, weights: str | None) -> str:
     return weights or next(iter(known))
 
 
-def _source(
-    source: Subnetwork | PreTrainedModel | str | Path, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
-    """Return a float32 model, its tokenizer and its name."""
-    if isinstance(source, Subnetwork | PreTrainedModel):
-        model = source.model if isinstance(source, Subnetwork) else source
-        has_adapter = isinstance(source, Subnetwork) and source.adapter is not None
-        name = str(model.config.name_or_path or "") or type(model).__name__
-    else:
-        folder = Path(source)
-        check_folder(folder)
-        has_adapter, name = (folder / "adapter").is_dir(), folder.name
-        model = load_any(folder)
-        if tokenizer is None and (folder / "tokenizer_config.json").is_file():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    if has_adapter:
-        raise BadRecipe(
-            f"the adapter of {name} is not merged, and a graph holds one model",
-            try_="extract_model(net, config, merge=True)",
-        )
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        raise BadRecipe(
-            f"the model is {model.dtype} on {model.device}; graphs are made of float32 on the CPU",
-            try_='model.to("cpu", torch.float32)',
-        )
-    model.eval()
-    return model, tokenizer, Path(name).name if Path(name).is_absolute() else name
-
-
-def load_any(folder: Path) -> PreTrainedModel:
-    """Load a checkpoint with the head that its config names, in float32.
-
-    Raises:
-        UnsupportedModel: no auto class makes that class.
-    """
-    config = AutoConfig.from_pretrained(folder)
-    wanted = (config.architectures or [None])[0]
-    for name in AUTO_CLASSES:
-        auto = getattr(transformers, name)
-        found = auto._model_mapping.get(type(config), ())
-        for cls in found if isinstance(found, tuple) else (found,):
-            if cls.__name__ == wanted:
-                model: PreTrainedModel = auto.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True
-                )
-                return model
-    raise UnsupportedModel(f"{folder} holds a {wanted}, which no class here loads")
-
-
 def _card(
     title: str, name: str, chosen: RuntimeFormat, weights: str, found: Agreement, code: str
-) -> str:
+) -> CardText:
     text = (
         f"; greedy tokens equal: {found.same_tokens:.0%}" if found.same_tokens is not None else ""
     )
-    parts = [
-        f"# {title}",
-        f"{name}, exported with elastune {__version__} as `{chosen.name}`, weights {weights}. Runs "
-        f"with {chosen.runtime}.",
+    proof = (
         f"Against the torch model, in a fresh process: largest difference of an output "
         f"{found.largest_difference:.1e}, relative error {found.relative_error:.1e}, largest "
         f"logit at the same place {found.same_argmax:.1%}{text}. `elastune.check_export` runs this "
-        "again.",
-        *chosen.notes,
-        f"```python\n{code}```",
-    ]
-    return "\n\n".join(parts) + "\n"
+        "again."
+    )
+    return CardText(
+        title=title,
+        about=f"{name}, exported with elastune {__version__} as `{chosen.name}`, weights "
+        f"{weights}.",
+        loads_with=chosen.runtime,
+        code=code,
+        parts=[proof, *chosen.notes],
+        library=chosen.runtime,
+        tags=[chosen.name],
+    )

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from elastune.errors import BadRecipe, nearest
 from elastune.export.base import Format, factorised_embedding
 from elastune.export.card import model_card
+from elastune.export.card_facts import CardFacts
 from elastune.export.formats import FORMATS
 from elastune.export.verify import auto_class, verify
 from elastune.files import whole_folder, write_text
@@ -50,6 +51,7 @@ def save_subnetwork(
     *,
     format: str = "auto",
     origin: str | None = None,
+    facts: CardFacts | None = None,
 ) -> Saved:
     """Save a sub-network so that others can load it, and prove it by loading it.
 
@@ -64,6 +66,7 @@ def save_subnetwork(
         format: one of `FORMATS`; ``"auto"`` is ``hf`` where that is possible and as small as the
             sub-network, else ``hf-hetero``.
         origin: the name of the model it was cut from, for the README.md.
+        facts: what else the README.md is to say: recipe, budget, figures.
 
     Raises:
         BadRecipe: an unknown format, or one that cannot hold this sub-network.
@@ -82,7 +85,7 @@ def save_subnetwork(
             worst = max(worst, verify(partial, sub.model, auto, adapter=sub.adapter))
         write_text(partial / "subnet.json", sub.config.to_json() + "\n")
         n_params = sum(p.numel() for p in exported.model.parameters())
-        card = model_card(sub, exported, chosen, origin=origin, folder=folder.name)
+        card = model_card(sub, exported, chosen, origin=origin, folder=folder.name, facts=facts)
         write_text(partial / "README.md", card)
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         names = tuple(p.relative_to(partial).as_posix() for p in files)

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError, nearest
 from elastune.export import gguf_run
 from elastune.export.base import factorised_embedding
+from elastune.export.card import CardText, card
+from elastune.export.card_facts import CardFacts
 from elastune.export.decoder import decoder_of, source_model
 from elastune.export.gguf_check import (
     TEXTS,
@@ -60,6 +62,7 @@ def export_gguf(
     weights: str = "float32",
     tokenizer: PreTrainedTokenizerBase | None = None,
     pre: str | None = None,
+    facts: CardFacts | None = None,
 ) -> RuntimeExport:
     """Export a Llama-shaped decoder as GGUF, and prove it in a fresh process by llama.cpp.
 
@@ -73,6 +76,7 @@ def export_gguf(
         weights: one of `WEIGHTS`.
         tokenizer: fast, with BPE; None takes the folder's.
         pre: llama.cpp's name for how the tokenizer cuts a text, where it is not known here.
+        facts: for the README.md: recipe, figures and licence, as far as they are known.
 
     Raises:
         BadRecipe: unknown weights, a missing package, no tokenizer, an adapter not merged.
@@ -95,7 +99,8 @@ def export_gguf(
         write_json(partial / "export.json", about | {"agreement": asdict(agreed)})
         notes = _notes(shaped, vocabulary, written, weights, about, found)
         title = Path(out).absolute().name
-        write_text(partial / "README.md", _card(title, name, weights, written, agreed, notes))
+        text = _card(title, name, weights, written, agreed, notes)
+        write_text(partial / "README.md", card(text, facts))
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         n_bytes = sum(p.stat().st_size for p in files if p.name != "reference.safetensors")
     return RuntimeExport(
@@ -329,17 +334,20 @@ def _card(
     written: Written,
     found: Agreement,
     notes: tuple[str, ...],
-) -> str:
-    parts = [
-        f"# {title}",
-        f"{name}, exported with elastune {__version__} as GGUF (llama.cpp's "
-        f"architecture {written.architecture}, weights {weights}). Runs with llama.cpp: "
-        f"`llama-server -m {FILE}`, `llama-cli -m {FILE}`.",
+) -> CardText:
+    proof = (
         f"Against the torch model in float32, in a fresh process: largest difference of a "
         f"log-probability among the {gguf_run.N_TOP} likeliest tokens "
         f"{found.largest_difference:.1e}, likeliest token the same {found.same_argmax:.1%}, greedy "
-        f"tokens equal {found.same_tokens or 0:.0%}.",
-        *notes,
-        f"```python\n{_EXAMPLE}```",
-    ]
-    return "\n\n".join(parts) + "\n"
+        f"tokens equal {found.same_tokens or 0:.0%}."
+    )
+    return CardText(
+        title=title,
+        about=f"{name}, exported with elastune {__version__} as GGUF (llama.cpp's "
+        f"architecture {written.architecture}, weights {weights}).",
+        loads_with=f"llama.cpp: `llama-server -m {FILE}`, `llama-cli -m {FILE}`",
+        code=_EXAMPLE,
+        parts=[proof, *notes],
+        library="gguf",
+        tags=["gguf"],
+    )

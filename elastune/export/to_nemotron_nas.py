@@ -22,6 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadArtifact, ElastuneError, UnsupportedModel
 from elastune.export import nemotron_nas_config, nemotron_nas_run
+from elastune.export.card import CardText, card
+from elastune.export.card_facts import CardFacts
 from elastune.export.decoder import decoder_of, source_model
 from elastune.export.saved import Saved
 from elastune.export.verify import example_inputs
@@ -51,6 +53,7 @@ def export_nemotron_nas(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     ffn_mult: bool | None = None,
+    facts: CardFacts | None = None,
 ) -> Saved:
     """Save a Llama-shaped decoder for readers of nemotron-nas checkpoints.
 
@@ -65,6 +68,7 @@ def export_nemotron_nas(
         ffn_mult: say widths as a multiple of the hidden size, which all readers know, but which
             allows multiples of 256 only: others are padded with zeros. False says them as
             ``intermediate_size``, which vLLM reads. None: as a multiple where nothing is padded.
+        facts: for the README.md: recipe, figures and licence, as far as they are known.
 
     Raises:
         BadRecipe: no tokenizer, or an adapter that is not merged.
@@ -84,7 +88,8 @@ def export_nemotron_nas(
         _write(partial, model, held, by_mult, tokenizer)
         worst = _proved(partial)
         notes = _notes(shaped, held, by_mult)
-        write_text(partial / "README.md", _card(Path(out).absolute().name, name, worst, notes))
+        text = _card(Path(out).absolute().name, name, worst, notes)
+        write_text(partial / "README.md", card(text, facts))
         files = sorted(p for p in partial.rglob("*") if p.is_file())
         digests = {p.name: _digest(p) for p in files if p.name != "README.md"}
         about = {
@@ -303,14 +308,19 @@ def _notes(model: LlamaShaped, held: LlamaShaped, by_mult: bool) -> tuple[str, .
     return tuple(notes)
 
 
-def _card(title: str, name: str, worst: float, notes: tuple[str, ...]) -> str:
-    parts = [
-        f"# {title}",
-        f"{name}, exported with elastune {__version__} as a nemotron-nas checkpoint (DeciLM). "
-        f"Served by vLLM: `vllm serve {title} --trust-remote-code`, which reads the config by the "
-        "file configuration_decilm.py in this folder.",
+def _card(title: str, name: str, worst: float, notes: tuple[str, ...]) -> CardText:
+    proof = (
         f"Built block by block from config.json in a fresh process: largest difference of a logit "
-        f"from the torch model {worst:.1e}.",
-        *notes,
-    ]
-    return "\n\n".join(parts) + "\n"
+        f"from the torch model {worst:.1e}."
+    )
+    return CardText(
+        title=title,
+        about=f"{name}, exported with elastune {__version__} as a nemotron-nas checkpoint "
+        "(DeciLM).",
+        loads_with="vLLM, which reads the config by the file configuration_decilm.py in this "
+        "folder",
+        code=f"vllm serve {title} --trust-remote-code",
+        language="sh",
+        parts=[proof, *notes],
+        tags=["nemotron-nas"],
+    )

@@ -8,6 +8,7 @@ from elastune.methods.eftnas import eftnas
 from elastune.methods.finetune import finetune
 from elastune.methods.lonas import lonas
 from elastune.methods.shears import shears
+from elastune.methods.sqft import sqft
 from elastune.run import Run
 
 METHODS: Mapping[str, Callable[[Run], None]] = {
@@ -15,6 +16,7 @@ METHODS: Mapping[str, Callable[[Run], None]] = {
     "finetune": finetune,
     "lonas": lonas,
     "shears": shears,
+    "sqft": sqft,
 }
 
-__all__ = ["METHODS", "eftnas", "finetune", "lonas", "shears"]
+__all__ = ["METHODS", "eftnas", "finetune", "lonas", "shears", "sqft"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.files import whole_folder
@@ -25,9 +26,18 @@ def save_model(
         write_model(model, tokenizer, temporary)
 
 
-def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write what `save_model` does into an existing folder, which the caller makes whole."""
-    model.save_pretrained(folder)
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+) -> None:
+    """Write what `save_model` does into an existing folder, which the caller makes whole.
+
+    Args:
+        state: weights as they are to be stored, where that is not as the model has them.
+    """
+    model.save_pretrained(folder, state_dict=state)
     # The template inside tokenizer_config.json is read by every version.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     _repeat_rope_settings(folder / "config.json")

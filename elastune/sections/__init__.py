@@ -16,7 +16,7 @@ from elastune.sections.structure import (
     SparsifyConfig,
     StructureConfig,
 )
-from elastune.sections.train import AdapterConfig, DistillConfig, TrainConfig
+from elastune.sections.train import AdapterConfig, DistillConfig, QuantiseConfig, TrainConfig
 
 __all__ = [
     "AdapterConfig",
@@ -27,6 +27,7 @@ __all__ = [
     "GenerateConfig",
     "ImportanceConfig",
     "MovementConfig",
+    "QuantiseConfig",
     "SearchConfig",
     "Section",
     "SparsifyConfig",

@@ -21,8 +21,24 @@ class AdapterConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     scaling: Literal["alpha/r_max", "alpha/r", "rslora"] = "alpha/r_max"
     targets: Annotated[list[str], BeforeValidator(listed)] = ["q", "k", "v", "up", "gate", "down"]
+    keep: Literal["nothing", "zeros", "int4"] = "nothing"
+    """What merging keeps of the base. "zeros": adapters act only where the base is not zero
+    (SparsePEFT); "int4": and every sum is on the grid of the quantised base (QA-SparsePEFT). The
+    sub-networks are then models of their own."""
+    token_share: float = Field(0.25, gt=0, le=1)
+    """Where something is kept: part of the tokens that gradients are estimated from. 1 is exact,
+    and takes about 1.4 times as long (docs/merging.md)."""
     groups: dict[str, list[str]] | None = None
     """Projections that share a rank, by the group's name; by default qkv, up_gate, down, o."""
+
+
+class QuantiseConfig(Section):
+    """How the linear layers of the base's blocks are put on an INT4 grid (docs/merging.md)."""
+
+    method: Literal["rtn"] = "rtn"
+    """Round to nearest: each group from its least to its largest weight, zero among its numbers."""
+    group_size: int = Field(64, ge=2)
+    """In features that share a scale and a zero point."""
 
 
 Schedule = Literal[
