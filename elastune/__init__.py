@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Saved,
         check_export,
         export_model,
+        save_compressed,
         save_subnetwork,
         snap_to_uniform,
     )
@@ -47,8 +48,10 @@ if TYPE_CHECKING:
     from elastune.latency import Latency, compare_latency, measure_latency, prefill_latency_ms
     from elastune.latency_table import LatencyTable
     from elastune.learn_scores import movement_scores
+    from elastune.merge_report import merge_report
     from elastune.models import architecture, load_model, save_model
     from elastune.objective import make_objective
+    from elastune.quantise import quantise_
     from elastune.rank_in_rounds import rank_in_rounds
     from elastune.reorder import reorder_
     from elastune.report import write_report
@@ -75,7 +78,14 @@ _HOMES = {
     "drop_blocks": ("drop_blocks_",),
     "errors": ("ElastuneError",),
     "evaluate": ("evaluate", "mean_loss"),
-    "export": ("Saved", "check_export", "export_model", "save_subnetwork", "snap_to_uniform"),
+    "export": (
+        "Saved",
+        "check_export",
+        "export_model",
+        "save_compressed",
+        "save_subnetwork",
+        "snap_to_uniform",
+    ),
     "extract": ("PeftAdapter", "extract"),
     "finetune": ("finetune",),
     "generate": ("generate",),
@@ -85,8 +95,10 @@ _HOMES = {
     "latency": ("Latency", "compare_latency", "measure_latency", "prefill_latency_ms"),
     "latency_table": ("LatencyTable",),
     "learn_scores": ("movement_scores",),
+    "merge_report": ("merge_report",),
     "models": ("architecture", "load_model", "save_model"),
     "objective": ("make_objective",),
+    "quantise": ("quantise_",),
     "rank_in_rounds": ("rank_in_rounds",),
     "reorder": ("reorder_",),
     "report": ("write_report",),
@@ -158,11 +170,14 @@ __all__ = [
     "make_splits",
     "mean_loss",
     "measure_latency",
+    "merge_report",
     "model_cost",
     "movement_scores",
     "prefill_latency_ms",
+    "quantise_",
     "rank_in_rounds",
     "reorder_",
+    "save_compressed",
     "save_model",
     "save_subnetwork",
     "save_trained",

@@ -100,7 +100,14 @@ def additive_loss(space: SearchSpace, losses: Losses, config: SubnetConfig) -> f
     return sum(losses[name][config[name]] for name in counted)
 
 
-def allocate(space: SearchSpace, losses: Losses, costs: CostOf, budget: float) -> SubnetConfig:
+def allocate(
+    space: SearchSpace,
+    losses: Losses,
+    costs: CostOf,
+    budget: float,
+    *,
+    at_least: float | None = None,
+) -> SubnetConfig:
     """Return the configuration of the least summed loss that costs no more than a budget.
 
     An integer programme, solved exactly, in which costs are taken to add up over dims. Where they
@@ -114,6 +121,8 @@ def allocate(space: SearchSpace, losses: Losses, costs: CostOf, budget: float) -
             Dims without losses stay at their largest.
         costs: called once for each choice alone, and for each answer.
         budget: largest cost, in the unit of ``costs``.
+        at_least: least cost, where there is such a configuration. Measured losses are noisy, and
+            where cuts seem to do good the best for a budget may be far below it.
 
     Returns:
         The configuration; dims inside a block that is left out are at their largest.
@@ -123,7 +132,7 @@ def allocate(space: SearchSpace, losses: Losses, costs: CostOf, budget: float) -
         InvalidSpace: nothing in the space is as cheap as the budget; the message says what is the
             cheapest.
     """
-    return Knapsack(space, costs).allocate(losses, budget)
+    return Knapsack(space, costs).allocate(losses, budget, at_least)
 
 
 def uniform_config(
@@ -187,7 +196,9 @@ class Knapsack:
         self.scale = max(float(np.abs(self.costs).max()), 1e-300)
         self.owners = owners(space)
 
-    def allocate(self, losses: Losses, budget: float) -> SubnetConfig:
+    def allocate(
+        self, losses: Losses, budget: float, at_least: float | None = None
+    ) -> SubnetConfig:
         """Return what `allocate` says of these losses; an infinite budget is none."""
         _check_losses(self.space, losses)
         weights = np.array([_loss(losses, self.base, *column) for column in self.columns])
@@ -195,7 +206,10 @@ class Knapsack:
         weights = np.where(allowed, weights, 0.0)
         limit = float(budget)
         for _ in range(_TRIES):
-            config = self._solve(weights, None if math.isinf(limit) else limit, allowed)
+            config = self._solve(weights, None if math.isinf(limit) else limit, allowed, at_least)
+            if config is None and at_least is not None:
+                at_least = None
+                continue
             if config is None:
                 break
             excess = self.cost_of(config) - budget
@@ -217,7 +231,11 @@ class Knapsack:
         )
 
     def _solve(
-        self, weights: np.ndarray, limit: float | None, allowed: np.ndarray
+        self,
+        weights: np.ndarray,
+        limit: float | None,
+        allowed: np.ndarray,
+        at_least: float | None = None,
     ) -> SubnetConfig | None:
         """Return the allowed configuration of the least weight within a limit; None if none is."""
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -226,7 +244,8 @@ class Knapsack:
         constraints = [LinearConstraint(rules, wanted, wanted)]
         if limit is not None:
             room = (limit - self.base_cost) / self.scale
-            constraints.append(LinearConstraint(self.costs[None] / self.scale, -np.inf, room))
+            floor = -np.inf if at_least is None else (at_least - self.base_cost) / self.scale
+            constraints.append(LinearConstraint(self.costs[None] / self.scale, floor, room))
         if _may_lose_all(self.space):
             kept = [float(self._keeps(name, choice)) for name, choice in self.columns]
             constraints.append(LinearConstraint(np.array([kept]), 1, np.inf))

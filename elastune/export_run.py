@@ -30,7 +30,7 @@ from elastune.supernet import SuperNetwork
 _PREFERRED = ("fit", "best", "heuristic")
 """The sub-network that a run is about, the first of these that it has."""
 
-_AS_TRAINED = ("hf", "hf-padded", "hf-hetero", "merged-sparse")
+_AS_TRAINED = ("hf", "hf-padded", "hf-hetero", "merged-sparse", "compressed-tensors")
 """Formats that keep the type of the weights."""
 
 _MARKS = ("export.json", "sparsity.json")
@@ -156,7 +156,9 @@ class _Made:
         if format == "peft":
             return extract(self.net, self.config), options | {"base": self.run.dir.base.resolve()}
         if format == "merged-sparse":
-            options["base"] = extract_model(self.net, self.config, merge=False)
+            keeps = self.net.keep != "nothing"  # then no size is elastic, and the base is on disk
+            unmerged = None if keeps else extract_model(self.net, self.config, merge=False)
+            options["base"] = unmerged or self.run.dir.base
         if self._merged is None:
             self._merged = extract_model(self.net, self.config)
         return (self._merged if format in _AS_TRAINED else _in_float32(self._merged)), options

@@ -185,7 +185,8 @@ def space_from_losses(
     candidates = []
     for target in targets:
         try:
-            config = allocate(space, losses, costs, target * full)
+            floor = (target - tolerance) * full
+            config = allocate(space, losses, costs, target * full, at_least=floor)
         except InvalidSpace as error:
             raise InvalidSpace(
                 f"target {target:.4g} of the largest cost: {error.message}", try_=error.try_

@@ -10,6 +10,7 @@ from test_structure_law import law_model
 from tiny_llama import tiny_llama, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from elastune.build_space import lora_space
 from elastune.elastic.lora import ElasticLoRALinear
@@ -146,7 +147,9 @@ def sparse_model(name: str = "llama") -> Any:
     torch.manual_seed(3)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            if module is model.get_output_embeddings():
+                continue
+            if isinstance(module, nn.Linear | Conv1D):
                 module.weight[torch.rand_like(module.weight) < 0.5] = 0
     return model
 

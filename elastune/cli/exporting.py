@@ -36,8 +36,9 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="hf, hf-padded, hf-hetero, peft, merged-sparse, onnx, openvino, openvino:int8, "
-            "openvino:int4, torch-export, gguf, gguf:q8_0, ..., nemotron-nas; several by commas.",
+            help="hf, hf-padded, hf-hetero, peft, merged-sparse, compressed-tensors, onnx, "
+            "openvino, openvino:int8, openvino:int4, torch-export, gguf, gguf:q8_0, ..., "
+            "nemotron-nas; several by commas.",
         ),
     ],
     out: Annotated[

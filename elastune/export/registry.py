@@ -13,6 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadArtifact, BadRecipe, nearest
 from elastune.export.card_facts import CardFacts
+from elastune.export.compressed import FORMAT as COMPRESSED
+from elastune.export.compressed import LOADS_WITH
 from elastune.export.formats import FORMATS
 from elastune.export.gguf_file import WEIGHTS as GGUF_WEIGHTS
 from elastune.export.merged_sparse import check_merged_sparse, save_merged_sparse
@@ -326,6 +328,14 @@ def _formats() -> Mapping[str, ExportFormat]:
     ]
     plain = "plain transformers"
     found += [
+        ExportFormat(
+            COMPRESSED,
+            LOADS_WITH,
+            lambda order: _checkpoint(order, COMPRESSED),
+            _check_runtime(check_checkpoint),
+            packages=("compressed_tensors",),
+            install="pip install 'elastune[quantise]'",
+        ),
         ExportFormat("peft", "plain PEFT", _peft, _check_runtime(check_checkpoint)),
         ExportFormat("merged-sparse", plain, _merged_sparse, _check_sparse),
     ]

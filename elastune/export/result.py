@@ -44,7 +44,8 @@ class Export:
     @property
     def label(self) -> str:
         """The format, and how weights are kept where they are rounded."""
-        return self.format if self.weights == "float32" else f"{self.format}:{self.weights}"
+        plain = self.weights == "float32" or self.format == "compressed-tensors"
+        return self.format if plain else f"{self.format}:{self.weights}"
 
 
 @dataclass(frozen=True)

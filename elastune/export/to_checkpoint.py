@@ -26,6 +26,8 @@ from elastune.errors import BadArtifact, BadRecipe, ElastuneError
 from elastune.export import checkpoint_run
 from elastune.export.card import adapter_card
 from elastune.export.card_facts import CardFacts
+from elastune.export.compressed import FORMAT as COMPRESSED
+from elastune.export.compressed import save_compressed
 from elastune.export.result import Export
 from elastune.export.saved import save_subnetwork
 from elastune.export.source import Exportable, base_of, is_adapter, load_any, read_subnetwork
@@ -59,7 +61,12 @@ def export_checkpoint(
     with whole_folder(target) as partial:
         inner = partial / target.name  # the README.md calls the folder by its name
         started = time.monotonic()
-        saved = save_subnetwork(sub, tokenizer, inner, format=format, origin=origin, facts=facts)
+        if format == COMPRESSED:
+            saved = save_compressed(sub, tokenizer, inner, origin=origin, facts=facts)
+        else:
+            saved = save_subnetwork(
+                sub, tokenizer, inner, format=format, origin=origin, facts=facts
+            )
         if sub.adapter is not None:
             # It says where its base is, which is where the folder will be.
             config = read_json(inner / "adapter" / "adapter_config.json")
@@ -75,7 +82,7 @@ def export_checkpoint(
     return Export(
         folder=target,
         format=saved.format,
-        weights=str(sub.model.dtype).removeprefix("torch."),
+        weights="int4" if sub.grids else str(sub.model.dtype).removeprefix("torch."),
         runtime="transformers",
         loads_with=saved.loads_with.removeprefix("loads with "),
         largest_difference=max(worst, saved.largest_difference),
