@@ -215,8 +215,10 @@ def test_paired_answers_decide_what_standard_errors_cannot(tmp_path: Path) -> No
 def test_work_limits_and_additivity_are_told_with_their_figures(tmp_path: Path) -> None:
     run = make_searched(tmp_path / "run")
     text = read_page(run).text
-    assert "30 trials took the work of 29.2 whole evaluations, 2% less" in text
-    assert "Single-choice losses add up: Pearson 0.950, Spearman 0.930, slope 0.71" in text
+    assert "30 trials took the work of 29.2 whole evaluations, 3% less" in text
+    assert (
+        "Single-choice losses add up: Pearson 0.950, Spearman 0.930, slope 0.71, 28 trials" in text
+    )
     kept = sum(t["values"]["macs"] <= 50e6 for t in make_trials() if t["number"] != FAILED)
     assert f"Limits: macs <= 50 M. {kept} of 30 trials keep them." in text
     change_search(run, about={"additivity": {"pearson": 0.2}})

@@ -214,30 +214,30 @@ def profile(
 
 
 def _profile_table(found: Sequence[ExportProfile]) -> Table:
-    titles = ("export", "runtime", "disk MB", "load s", "prefill tok/s", "", "decode tok/s", "")
-    rows = [
-        (
-            one.name,
-            one.runtime,
-            f"{one.disk_mb:.1f}",
-            f"{one.load_s:.2f}",
-            f"{one.prefill_tokens_per_s:.0f}",
-            f"{one.prefill_speed_up:.2f}x",
-            _or_dash(one.decode_tokens_per_s, ".1f"),
-            _or_dash(one.decode_speed_up, ".2f", "x"),
-            f"{one.peak_memory_mb:.0f}",
-        )
-        for one in found
-    ]
-    return _table((*titles, "peak MB"), rows, left=("export", "runtime"))
+    generates = any(one.decode_tokens_per_s is not None for one in found)
+    titles = ["export", "runtime", "disk MB", "load s", "prefill tok/s", "peak MB"]
+    if generates:
+        titles.insert(5, "decode tok/s")
+    rows = []
+    for one in found:
+        row = [one.name, one.runtime, f"{one.disk_mb:.1f}", f"{one.load_s:.2f}"]
+        row.append(_rate(one.prefill_tokens_per_s, one.prefill_speed_up))
+        if generates:
+            row.append(_rate(one.decode_tokens_per_s, one.decode_speed_up))
+        rows.append([*row, f"{one.peak_memory_mb:.0f}"])
+    return _table(titles, rows, left=("export", "runtime"))
 
 
-def _or_dash(value: float | None, how: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{how}}{unit}"
+def _rate(tokens_per_s: float | None, speed_up: float | None) -> str:
+    """Return tokens a second, and beside it how many times those of the first export."""
+    if tokens_per_s is None:
+        return "-"
+    beside = "" if speed_up is None else f" {speed_up:.2f}x"
+    return f"{tokens_per_s:,.{0 if tokens_per_s >= 100 else 1}f}{beside}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str]) -> Table:
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for title in titles:
         table.add_column(title, justify="left" if title in left else "right", overflow="fold")
     for row in rows:

@@ -48,9 +48,11 @@ def draw_profiles(found: Sequence[ExportProfile], file: Path) -> None:
     from matplotlib.figure import Figure
 
     names = [f"{one.name} ({one.runtime})" for one in found]
-    figure = Figure(figsize=(3.0 * len(_PANELS) + 1.5, 1.2 + 0.45 * len(found)))
-    axes: Any = figure.subplots(1, len(_PANELS), sharey=True)
-    for axis, (title, field, more_is_better) in zip(axes, _PANELS, strict=True):
+    # Encoders generate nothing.
+    panels = [p for p in _PANELS if any(getattr(one, p[1]) is not None for one in found)]
+    figure = Figure(figsize=(3.0 * len(panels) + 1.5, 1.2 + 0.45 * len(found)))
+    axes: Any = figure.subplots(1, len(panels), sharey=True)
+    for axis, (title, field, more_is_better) in zip(axes, panels, strict=True):
         values = [getattr(one, field) for one in found]
         bars = axis.barh(names, [value or 0.0 for value in values], color="#4878a8")
         axis.bar_label(bars, ["-" if v is None else f"{v:.4g}" for v in values], padding=3)
