@@ -118,7 +118,9 @@ def _check_sparsity(run: Run, model: PreTrainedModel) -> None:
                     try_="another pattern, or sparsify.ratio",
                 )
     cfg = run.recipe.sparsify
-    needs_text = cfg.method != "magnitude" and (sparsity.ratio > 0 or bool(cfg.choices))
+    quantise = run.recipe.quantise
+    needs_text = quantise is not None and quantise.method == "gptq"
+    needs_text |= cfg.method != "magnitude" and (sparsity.ratio > 0 or bool(cfg.choices))
     if run.dir.is_done("sparsify", run.inputs("sparsify")):
         return
     if needs_text:

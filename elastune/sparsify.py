@@ -150,7 +150,7 @@ def sparsify_(
     if calibration is None:
         raise BadRecipe(f"{method} needs calibration text", try_="give it, or use magnitude")
     for block in calibration_blocks(model, calibration):
-        statistics = _gather(block, statistic)
+        statistics = gather(block, statistic)
         for role, linear in block.linears.items():
             name = f"{block.name}.{record.roles[role]}.weight"
             masks[name] = prune(linear, statistics[role], sparsity)
@@ -159,7 +159,7 @@ def sparsify_(
     return masks
 
 
-def _gather(
+def gather(
     block: CalibrationBlock, statistic: Callable[[], InputStatistic]
 ) -> dict[str, InputStatistic]:
     """Run the block once, gathering one statistic for each input."""

@@ -13,9 +13,10 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from elastune.build_sparsity import Criterion, save_levels, sparsity_levels, sparsity_space
-from elastune.config import TrainConfig
+from elastune.config import QuantiseConfig, TrainConfig
 from elastune.drop_blocks import drop_blocks_
 from elastune.elastic.mask import WeightLevels
+from elastune.elastic.merge_rules import Int4Grid
 from elastune.files import whole_folder, write_json
 from elastune.finetune import save_tuned
 from elastune.importance.ranking import Ranking
@@ -47,7 +48,7 @@ def sparsify(run: Run) -> None:
         _reorder(run, model)
         grids = None
         if run.recipe.quantise is not None:
-            grids = quantise_(model, group_size=run.recipe.quantise.group_size)
+            grids = _quantise(run, model, run.recipe.quantise)
         levels = _levels(run, model)
         report = sparsity_report(model, method=cfg.method, sparsity=run.sparsity)
         with whole_folder(run.dir.base) as partial:
@@ -62,6 +63,16 @@ def sparsify(run: Run) -> None:
         run.reporter.say(f"{share:.2%} of the blocks' weights are zero")
     if grids is not None:
         run.reporter.say(f"the weights of {len(grids)} linear layers are on an INT4 grid")
+
+
+def _quantise(run: Run, model: PreTrainedModel, cfg: QuantiseConfig) -> dict[str, Int4Grid]:
+    """Put the weights on an INT4 grid."""
+    text = run.recipe.sparsify.calibration
+    rows = run.calibration(model, text) if cfg.method == "gptq" else None
+    with run.reporter.bar(f"quantise ({cfg.method})", "blocks") as bar:
+        return quantise_(
+            model, cfg.method, group_size=cfg.group_size, calibration=rows, progress=bar
+        )
 
 
 def _levels(run: Run, model: PreTrainedModel) -> WeightLevels | None:

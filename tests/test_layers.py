@@ -27,9 +27,8 @@ LAYERS: list[set[str]] = [
     {"cost", "extract", "memory", "choices", "heads", "reorder"},
     {"subnetwork", "latency", "importance", "predict", "harness_model", "harness_results"}
     | {"prefix_reuse"},
-    {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"}
-    | {"quantise"},
-    {"merge_report"},
+    {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"},
+    {"quantise", "merge_report"},
     {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"},
     {"threshold", "train_step"},
     {"generate_space", "train", "rank_in_rounds"},

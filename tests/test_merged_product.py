@@ -19,9 +19,10 @@ from elastune.elastic.merged_product import sample_rows
 from elastune.errors import BadRecipe, ElastuneError, InvalidSpace, InvalidSubnet
 from elastune.export import save_compressed, save_subnetwork
 from elastune.extract import extract
+from elastune.importance.sparsegpt import InputHessian
 from elastune.merge_report import merge_report
 from elastune.merged import MergedAdapters
-from elastune.quantise import grid_of, load_grids, quantise_, save_grids
+from elastune.quantise import gptq_round, grid_of, load_grids, quantise_, save_grids
 from elastune.subnetwork import extract_model
 from elastune.supernet import SuperNetwork
 
@@ -226,6 +227,39 @@ def test_int4_weights_come_back_bit_by_bit_and_a_fresh_model_computes_the_same(
         assert torch.equal(plain.get_parameter(f"{name}.weight"), mine), name
 
 
+def naive_gptq(weight: Tensor, hessian: Tensor, group_size: int) -> Tensor:
+    """Optimal brain quantisation in the order of columns: eliminate one feature after the other."""
+    w, kept = weight.double().clone(), weight != 0
+    damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    inverse = torch.linalg.inv(damped)
+    for j in range(w.shape[1]):
+        if j % group_size == 0:
+            group = slice(j, j + group_size)
+            grid = grid_of((w * kept)[:, group].float(), group_size)
+        rounded = grid.nearest(w[:, j, None].float())[:, 0].double() * kept[:, j]
+        error = (w[:, j] - rounded) / inverse[j, j]
+        after = w - error[:, None] * inverse[j]
+        w[:, j + 1 :] = after[:, j + 1 :]
+        w[:, j] = rounded
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return w.float()
+
+
+def test_gptq_is_brain_surgery_column_by_column_and_nearer_than_to_nearest() -> None:
+    linear = sparse_linear()
+    torch.manual_seed(4)
+    x = torch.randn(200, 16) @ torch.randn(16, 16)  # features that go together
+    inputs = InputHessian()
+    inputs.add(x)
+    rounded, grid = gptq_round(linear.weight, inputs, GROUP)
+    torch.testing.assert_close(rounded, naive_gptq(linear.weight, x.T @ x, GROUP))
+    assert torch.equal(grid.nearest(rounded), rounded)
+    assert bool((rounded[linear.weight == 0] == 0).all())
+    nearest = grid_of(linear.weight, GROUP).nearest(linear.weight)
+    errors = [float((x @ (w - linear.weight).T).norm()) for w in (rounded, nearest)]
+    assert errors[0] < 0.9 * errors[1]
+
+
 def test_what_cannot_be_kept_is_refused_and_leaves_the_model_as_it_was() -> None:
     model = sparse_model()
     before = {n: type(m) for n, m in model.named_modules()}
@@ -239,6 +273,10 @@ def test_what_cannot_be_kept_is_refused_and_leaves_the_model_as_it_was() -> None
     with pytest.raises(InvalidSpace, match="token_share"):
         SuperNetwork(model, space, keep="zeros", token_share=0)
     assert {n: type(m) for n, m in model.named_modules()} == before
+    with pytest.raises(BadRecipe, match="gptq needs calibration text"):
+        quantise_(model, "gptq")
+    with pytest.raises(BadRecipe, match="unknown quantiser 'awq'"):
+        quantise_(model, "awq")
     with pytest.raises(BadRecipe, match="cannot be cut into groups of 7"):
         quantise_(model, group_size=7)
     net = trained_net(model, "zeros")

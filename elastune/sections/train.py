@@ -35,8 +35,9 @@ class AdapterConfig(Section):
 class QuantiseConfig(Section):
     """How the linear layers of the base's blocks are put on an INT4 grid (docs/merging.md)."""
 
-    method: Literal["rtn"] = "rtn"
-    """Round to nearest: each group from its least to its largest weight, zero among its numbers."""
+    method: Literal["gptq", "rtn"] = "gptq"
+    """"gptq": columns that are still to be rounded make up for those that were, on the calibration
+    text of ``sparsify``; "rtn": to nearest."""
     group_size: int = Field(64, ge=2)
     """In features that share a scale and a zero point."""
 
