@@ -84,11 +84,12 @@ class System:
         self.net.eval()
         config = self.net.space.heuristic()
         with self.net.active(config):
-            found = mean_loss(self.model, tokenizer, examples)
+            found = mean_loss(self.model, tokenizer, examples).loss
         if self.net.keep != "nothing":
-            merged = mean_loss(extract_model(self.net, config).model, tokenizer, examples)
-            assert abs(merged - found) < 1e-4, (merged, found)
-        return float(found)
+            merged = extract_model(self.net, config).model
+            merged_loss = mean_loss(merged, tokenizer, examples).loss
+            assert abs(merged_loss - found) < 1e-4, (merged_loss, found)
+        return found
 
 
 def main() -> None:
