@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_export import cut
-from tiny_llama import tiny_tokenizer
+from tiny_llama import tiny_llama, tiny_tokenizer
 
+from elastune.build_structure import structure_space
 from elastune.export import export_model
-from elastune.subnetwork import Subnetwork
+from elastune.space import SubnetConfig
+from elastune.subnetwork import Subnetwork, extract_model
+from elastune.supernet import SuperNetwork
 
 PROMPT, N_NEW = "How many apples", 8
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -30,7 +32,13 @@ def small() -> tuple[Subnetwork, Any]:
     """A decoder whose blocks differ in size, and a tokenizer that can chat."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    return cut("llama", "causal-lm", ((2, 24), (4, 40), (2, 32))), tokenizer
+    model = tiny_llama(tokenizer)
+    space = structure_space(model, ffn=[1.0, 0.5], heads=[1.0, 0.5], round_to=8)
+    first = {dim.name: dim.choices[-1] for dim in space.dims if dim.name.startswith("layers.0.")}
+    config = SubnetConfig({**space.largest(), **first})
+    sub = extract_model(SuperNetwork(model, space), config)
+    assert len(set(sub.shapes)) == 2
+    return sub, tokenizer
 
 
 def greedy_text(model: Any, tokenizer: Any) -> str:
