@@ -113,8 +113,8 @@ def extract_chosen(
 ) -> list[Path]:
     """Write named sub-networks under ``subnets/`` and return their folders.
 
-    Where only ranks are elastic they are stock PEFT adapters for the base; else models of their
-    own.
+    Where only ranks are elastic, and merging keeps nothing, they are stock PEFT adapters for the
+    base; else models of their own.
 
     Args:
         configs: name -> configuration; all that the run has chosen by default, those left out

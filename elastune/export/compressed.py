@@ -1,4 +1,4 @@
-"""``compressed-tensors``: INT4 weights, packed, as transformers and vLLM read them.
+"""``compressed-tensors``: INT4 weights, packed, as transformers reads them.
 
 The format is "pack-quantized" of the package compressed-tensors: eight codes in an int32, a scale
 and a zero point for each group. Numbers come back exactly as they were merged.
@@ -25,7 +25,7 @@ from elastune.models.save import write_model
 from elastune.subnetwork import Subnetwork
 
 FORMAT = "compressed-tensors"
-LOADS_WITH = "transformers and vLLM, where compressed-tensors is installed"
+LOADS_WITH = "transformers, where compressed-tensors is installed"
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def packed_state(state: Mapping[str, Tensor], grids: Mapping[str, Int4Grid]) -> 
 
     found = {name: tensor.contiguous() for name, tensor in state.items()}
     for name, grid in grids.items():
-        weight = found.pop(f"{name}.weight")
+        weight, grid = found.pop(f"{name}.weight").cpu(), grid.to(torch.device("cpu"))
         codes = grid.codes(weight).to(torch.int8)
         found[f"{name}.weight_packed"] = pack_to_int32(codes, 4)
         found[f"{name}.weight_scale"] = grid.scale.contiguous()

@@ -27,7 +27,7 @@ class AdapterConfig(Section):
     sub-networks are then models of their own."""
     token_share: float = Field(0.25, gt=0, le=1)
     """Where something is kept: part of the tokens that gradients are estimated from. 1 is exact,
-    and takes about 1.4 times as long (docs/merging.md)."""
+    and a step takes about 1.25 times that of a plain adapter (docs/merging.md)."""
     groups: dict[str, list[str]] | None = None
     """Projections that share a rank, by the group's name; by default qkv, up_gate, down, o."""
 
