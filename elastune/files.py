@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -45,6 +46,12 @@ def read_json(path: Path) -> Any:
         raise BadArtifact(
             f"{path} is corrupt: {error}", try_="delete it; the next run makes it again"
         ) from error
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

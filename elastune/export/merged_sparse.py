@@ -6,7 +6,6 @@ many each has. Nothing is packed: a packed file would need this library to be re
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -27,7 +26,7 @@ from elastune.export.card_facts import CardFacts
 from elastune.export.saved import Saved, save_subnetwork
 from elastune.export.source import load_any
 from elastune.export.verify import auto_class
-from elastune.files import read_json, whole_folder, write_json
+from elastune.files import file_digest, read_json, whole_folder, write_json
 from elastune.subnetwork import Subnetwork
 from elastune.version import __version__
 
@@ -157,7 +156,9 @@ def check_merged_sparse(folder: str | Path) -> dict[str, int]:
     missing = [name for name in about["sha256"] if not (folder / name).is_file()]
     if missing:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="save it again")
-    changed = [name for name, digest in about["sha256"].items() if _digest(folder / name) != digest]
+    changed = [
+        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
+    ]
     if changed:
         raise ElastuneError(
             f"{', '.join(changed)} changed since it was saved", try_="save it again"
@@ -233,7 +234,7 @@ def _record(folder: Path, found: Mapping[str, Zeros], auto: str) -> dict[str, An
             "zeros_of_base": sum(t["zeros_of_base"] for t in tensors.values()),
         },
         "tensors": tensors,
-        "sha256": {file.name: _digest(file) for file in files},
+        "sha256": {file.name: file_digest(file) for file in files},
     }
 
 
@@ -251,8 +252,3 @@ def _environment() -> dict[str, str]:
     root = str(Path(merged_sparse_run.__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     return os.environ | {"PYTHONPATH": path}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

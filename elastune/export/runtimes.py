@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import time
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +29,7 @@ from elastune.export.source import read_model
 from elastune.export.to_onnx import ONNX
 from elastune.export.to_openvino import OPENVINO
 from elastune.export.to_torch_export import TORCH_EXPORT
-from elastune.files import read_json, whole_folder, write_json, write_text
+from elastune.files import file_digest, read_json, whole_folder, write_json, write_text
 from elastune.subnetwork import Subnetwork
 from elastune.version import __version__
 
@@ -156,7 +155,9 @@ def check_graph(folder: str | Path) -> Agreement:
         raise BadArtifact(f"{folder}/reference.safetensors cannot be read: {error}") from error
     found = run_fresh(folder)
     _judge(about, expected, found)
-    changed = [name for name, digest in about["sha256"].items() if _digest(folder / name) != digest]
+    changed = [
+        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
+    ]
     if changed:
         raise ElastuneError(
             f"{', '.join(changed)} changed since the export, by too little to show in its outputs",
@@ -190,7 +191,7 @@ def _prove(
         "tolerance": chosen.tolerances[weights]._asdict(),
         **runs,
     }
-    about["sha256"] = {p.name: _digest(p) for p in sorted(folder.iterdir())}
+    about["sha256"] = {p.name: file_digest(p) for p in sorted(folder.iterdir())}
     write_json(folder / "export.json", about)
     _save(expected, folder)
     found = run_fresh(folder)
@@ -228,11 +229,6 @@ def _judge(about: Any, expected: dict[str, Any], found: dict[str, Any]) -> None:
 def _save(arrays: dict[str, Any], folder: Path) -> None:
     held = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     save_file(held, folder / "reference.safetensors")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _format(name: str) -> RuntimeFormat:

@@ -6,7 +6,6 @@ shows that transformers alone (and PEFT, where there is an adapter) computes the
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -33,7 +32,7 @@ from elastune.export.saved import save_subnetwork
 from elastune.export.source import Exportable, base_of, is_adapter, load_any, read_subnetwork
 from elastune.export.verify import TOLERANCE, auto_class, example_inputs
 from elastune.extract import PeftAdapter
-from elastune.files import read_json, whole_folder, write_json, write_text
+from elastune.files import file_digest, read_json, whole_folder, write_json, write_text
 from elastune.models.checkpoint import check_folder
 from elastune.version import __version__
 
@@ -198,7 +197,9 @@ def check_checkpoint(folder: str | Path) -> float:
     if missing:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
     worst = _proved(folder, about)
-    changed = [name for name, digest in about["sha256"].items() if _digest(folder / name) != digest]
+    changed = [
+        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
+    ]
     if changed:
         raise ElastuneError(
             f"{', '.join(changed)} changed since the export, by too little to show in its outputs",
@@ -230,7 +231,9 @@ def _record_and_prove(
         "auto_class": auto,
         "base": None if base is None else str(base),
         "outputs": list(outputs),
-        "sha256": {name: _digest(folder / name) for name in _names(folder) if name not in _RECORD},
+        "sha256": {
+            name: file_digest(folder / name) for name in _names(folder) if name not in _RECORD
+        },
     }
     write_json(folder / "export.json", about)
     stored = {f"in.{n}": t for n, t in inputs.items()} | outputs
@@ -276,8 +279,3 @@ def _listed(folder: Path) -> dict[str, Any]:
     names = _names(folder)
     shipped = (name for name in names if name != "reference.safetensors")
     return {"files": tuple(names), "n_bytes": sum((folder / n).stat().st_size for n in shipped)}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,7 +7,6 @@ of llama.cpp's Llama-shaped architectures that reads a size for each block.
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import time
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ from elastune.export.gguf_file import WEIGHTS, Written, write_gguf
 from elastune.export.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
 from elastune.export.reference import N_NEW, PROMPTS, Agreement
 from elastune.export.runtimes import RuntimeExport
-from elastune.files import read_json, whole_folder, write_json, write_text
+from elastune.files import file_digest, read_json, whole_folder, write_json, write_text
 from elastune.models.llama_shaped import LlamaShaped
 from elastune.subnetwork import Subnetwork
 from elastune.version import __version__
@@ -133,7 +132,7 @@ def check_gguf(folder: str | Path) -> Agreement:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
     stored = _stored(folder)
     found = _proved(folder, about)
-    if _digest(folder / FILE) != about["sha256"][FILE]:
+    if file_digest(folder / FILE) != about["sha256"][FILE]:
         raise ElastuneError(
             f"{FILE} changed since the export, though not in its tensors",
             try_="export it again",
@@ -200,7 +199,7 @@ def _record(
         "token_ids": [tokenizer(text)["input_ids"] for text in texts],
         "chat": chat,
         "tensors": dict(written.digests),
-        "sha256": {FILE: _digest(folder / FILE)},
+        "sha256": {FILE: file_digest(folder / FILE)},
     }
 
 
@@ -272,11 +271,6 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     held = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
     save_file(held, folder / "reference.safetensors")
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _notes(

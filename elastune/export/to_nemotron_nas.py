@@ -7,7 +7,6 @@ number in all blocks, so heads that a block lacks are zeros.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -27,7 +26,7 @@ from elastune.export.card_facts import CardFacts
 from elastune.export.decoder import decoder_of, source_model
 from elastune.export.saved import Saved
 from elastune.export.verify import example_inputs
-from elastune.files import read_json, whole_folder, write_json, write_text
+from elastune.files import file_digest, read_json, whole_folder, write_json, write_text
 from elastune.models.blocks import BlockShape
 from elastune.models.llama_shaped import (
     LlamaShaped,
@@ -91,7 +90,7 @@ def export_nemotron_nas(
         text = _card(Path(out).absolute().name, name, worst, notes)
         write_text(partial / "README.md", card(text, facts))
         files = sorted(p for p in partial.rglob("*") if p.is_file())
-        digests = {p.name: _digest(p) for p in files if p.name != "README.md"}
+        digests = {p.name: file_digest(p) for p in files if p.name != "README.md"}
         about = {
             "elastune": __version__,
             "format": "nemotron-nas",
@@ -130,7 +129,9 @@ def check_nemotron_nas(folder: str | Path) -> float:
     if missing:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
     worst = _proved(folder)
-    changed = [name for name, digest in about["sha256"].items() if _digest(folder / name) != digest]
+    changed = [
+        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
+    ]
     if changed:
         raise ElastuneError(
             f"{', '.join(changed)} changed since the export, by too little to show in its outputs",
@@ -282,11 +283,6 @@ def _fresh_logits(folder: Path) -> torch.Tensor:
             said = lines[-1] if lines else f"exit code {done.returncode}"
             raise ElastuneError(f"the checkpoint cannot be read as it was written: {said}")
         return load_file(out)["logits"]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _notes(model: LlamaShaped, held: LlamaShaped, by_mult: bool) -> tuple[str, ...]:
