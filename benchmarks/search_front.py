@@ -163,7 +163,7 @@ def _of_run(args: argparse.Namespace) -> Subject:
 
 def _untrained(args: argparse.Namespace) -> Subject:
     model, tokenizer = load_model("smollm2-135m")
-    texts = calibration_texts("wikitext2", args.data)
+    texts = calibration_texts("c4", args.data)
     rows = calibration_rows(texts, tokenizer, n_sequences=8, length=128, seed=0)
     reorder_(model, structure_scores(model, rows, method="wanda"))
     sizes = {"ffn": [1.0, 0.9, 0.8, 0.7], "heads": [1.0, 0.67]}

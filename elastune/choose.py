@@ -9,8 +9,10 @@ from typing import Any
 from elastune.budgets import budget_name, budgeted
 from elastune.errors import BadRecipe
 from elastune.export import save_compressed, save_subnetwork, snap_to_uniform
+from elastune.export.card import adapter_card
+from elastune.export.card_facts import run_facts
 from elastune.extract import extract
-from elastune.files import read_json
+from elastune.files import read_json, write_text
 from elastune.merge_report import merge_report
 from elastune.run import Run
 from elastune.search import SearchResult
@@ -158,10 +160,23 @@ def extract_chosen(
         folder = run.dir.subnets / name
         with run.dir.stage(f"extract/{name}", wanted[name], folder):
             if not recipe.saves_models:
-                extract(net, config).save(folder, base=str(run.dir.base.resolve()))
+                _save_adapter(run, net, name, config, folder)
                 continue
             _save_model(run, net, name, config, folder, how_saved)
     return folders
+
+
+def _save_adapter(
+    run: Run, net: SuperNetwork, name: str, config: SubnetConfig, folder: Path
+) -> None:
+    """Write a sub-adapter, with a card that says what base it is for."""
+    adapter, base = extract(net, config), str(run.dir.base.resolve())
+    facts = run_facts(run.dir.root, name)
+    text = adapter_card(
+        adapter, net.model, folder=name, origin=run.recipe.model, base=base, facts=facts
+    )
+    adapter.save(folder, base=base)
+    write_text(folder / "README.md", text)
 
 
 def _save_model(
@@ -171,12 +186,11 @@ def _save_model(
     subnet = extract_model(net, config, merge=run.recipe.merges)
     if net.keep != "nothing":
         run.reporter.say(f"{name}: {merge_report(net, subnet)}")
+    about: Any = {"origin": run.recipe.model, "facts": run_facts(run.dir.root, name)}
     if subnet.grids and format == "auto":
-        saved = save_compressed(subnet, run.tokenizer, folder, origin=run.recipe.model)
+        saved = save_compressed(subnet, run.tokenizer, folder, **about)
     else:
-        saved = save_subnetwork(
-            subnet, run.tokenizer, folder, format=format, origin=run.recipe.model
-        )
+        saved = save_subnetwork(subnet, run.tokenizer, folder, format=format, **about)
     run.reporter.say(f"{name}: {saved.format}, {saved.loads_with}")
     for note in saved.notes:
         run.reporter.say(f"{name}: {note}")

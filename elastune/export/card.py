@@ -202,6 +202,7 @@ def adapter_card(
     *,
     folder: str,
     origin: str | None,
+    base: str | None = None,
     about: str = "",
     parts: Sequence[str] = (),
     facts: CardFacts | None = None,
@@ -212,7 +213,8 @@ def adapter_card(
         adapter: what was saved.
         model: the base, or one like it.
         folder: the folder's own name.
-        origin: what the base is loaded from.
+        origin: the name of the model it was made from.
+        base: where the base is loaded from, if not by that name: one that was pruned, say.
         about: what it is; ranks and weights are told in any case.
         parts: Markdown that follows.
         facts: what else is known of it; its base is looked up by ``origin`` where they lack one.
@@ -220,8 +222,8 @@ def adapter_card(
     facts = facts or CardFacts()
     if facts.base is None and origin:
         facts = replace(facts, base=base_facts(origin))
-    base = facts.base
-    name = (base.hub_id or base.name) if base else "the base model"
+    known = facts.base
+    name = (known.hub_id or known.name) if known else "the base model"
     ranks = sorted(a.shape[0] for a, _, _ in adapter.weights.values())
     n_params = sum(a.numel() + b.numel() for a, b, _ in adapter.weights.values())
     spread = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
@@ -231,7 +233,7 @@ def adapter_card(
         about=f"{said} {len(ranks)} modules of rank {spread}, {n_params:,} weights.",
         loads_with="plain PEFT",
         code="import peft\nimport transformers\n"
-        f'model = transformers.{auto_class(model).__name__}.from_pretrained("{name}")\n'
+        f'model = transformers.{auto_class(model).__name__}.from_pretrained("{base or name}")\n'
         f'model = peft.PeftModel.from_pretrained(model, "{folder}")',
         parts=parts,
         library="peft",

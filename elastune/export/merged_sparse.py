@@ -20,9 +20,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from elastune.errors import BadArtifact, BadRecipe, ElastuneError
+from elastune.errors import BadRecipe, ElastuneError
 from elastune.export import merged_sparse_run
 from elastune.export.card_facts import CardFacts
+from elastune.export.recorded import refuse_changed, refuse_missing
 from elastune.export.saved import Saved, save_subnetwork
 from elastune.export.source import load_any
 from elastune.export.verify import auto_class
@@ -153,16 +154,8 @@ def check_merged_sparse(folder: str | Path) -> dict[str, int]:
     """
     folder = Path(folder).absolute()
     about = read_json(folder / FILE)
-    missing = [name for name in about["sha256"] if not (folder / name).is_file()]
-    if missing:
-        raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="save it again")
-    changed = [
-        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
-    ]
-    if changed:
-        raise ElastuneError(
-            f"{', '.join(changed)} changed since it was saved", try_="save it again"
-        )
+    refuse_missing(folder, about["sha256"], try_="save it again")
+    refuse_changed(folder, about["sha256"], said="it was saved", try_="save it again")
     counts = _fresh_counts(folder, about["auto_class"])
     for name, wanted in about["tensors"].items():
         if counts.get(name) != wanted["zeros"]:

@@ -16,6 +16,7 @@ from elastune.errors import BadArtifact, BadRecipe, ElastuneError, nearest
 from elastune.export.card import CardText, card, pipeline_tag
 from elastune.export.card_facts import CardFacts
 from elastune.export.graph import Graph, graph_of
+from elastune.export.recorded import refuse_changed, refuse_missing
 from elastune.export.reference import (
     Agreement,
     Tolerance,
@@ -146,23 +147,15 @@ def check_graph(folder: str | Path) -> Agreement:
     """
     folder = Path(folder).absolute()
     about = read_json(folder / "export.json")
-    missing = [n for n in (*about["sha256"], "reference.safetensors") if not (folder / n).is_file()]
-    if missing:
-        raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
+    refuse_missing(folder, (*about["sha256"], "reference.safetensors"))
     try:
         expected = load_file(folder / "reference.safetensors")
     except Exception as error:
         raise BadArtifact(f"{folder}/reference.safetensors cannot be read: {error}") from error
     found = run_fresh(folder)
     _judge(about, expected, found)
-    changed = [
-        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
-    ]
-    if changed:
-        raise ElastuneError(
-            f"{', '.join(changed)} changed since the export, by too little to show in its outputs",
-            try_="export it again",
-        )
+    said = "the export, by too little to show in its outputs"
+    refuse_changed(folder, about["sha256"], said=said)
     return agreement(about, expected, found)
 
 

@@ -27,6 +27,7 @@ from elastune.export.card import adapter_card
 from elastune.export.card_facts import CardFacts
 from elastune.export.compressed import FORMAT as COMPRESSED
 from elastune.export.compressed import save_compressed
+from elastune.export.recorded import refuse_changed, refuse_missing
 from elastune.export.result import Export
 from elastune.export.saved import save_subnetwork
 from elastune.export.source import Exportable, base_of, is_adapter, load_any, read_subnetwork
@@ -158,7 +159,9 @@ def _write_adapter(
         for file in list(inner.iterdir()):
             shutil.move(file, partial)
         inner.rmdir()
-        text = adapter_card(source, model, folder=title, origin=origin or str(home), facts=facts)
+        text = adapter_card(
+            source, model, folder=title, origin=origin or str(home), base=str(home), facts=facts
+        )
         write_text(partial / "README.md", text)
         return merged_by_hand(model, source)
     for file in Path(source).iterdir():
@@ -193,18 +196,10 @@ def check_checkpoint(folder: str | Path) -> float:
     folder = Path(folder).absolute()
     about = read_json(folder / "export.json")
     wanted = [*about["sha256"], "reference.safetensors"]
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
+    refuse_missing(folder, wanted)
     worst = _proved(folder, about)
-    changed = [
-        name for name, digest in about["sha256"].items() if file_digest(folder / name) != digest
-    ]
-    if changed:
-        raise ElastuneError(
-            f"{', '.join(changed)} changed since the export, by too little to show in its outputs",
-            try_="export it again",
-        )
+    said = "the export, by too little to show in its outputs"
+    refuse_changed(folder, about["sha256"], said=said)
     return worst
 
 

@@ -34,5 +34,5 @@ def eftnas(run: Run) -> None:
     allocate_budgets(run)
     search(run)
     train_alone(run)
-    extract_chosen(run)
     measure(run)
+    extract_chosen(run)

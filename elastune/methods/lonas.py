@@ -31,5 +31,5 @@ def lonas(run: Run) -> None:
     allocate_budgets(run)
     search(run)
     train_alone(run)
-    extract_chosen(run)
     measure(run)
+    extract_chosen(run)

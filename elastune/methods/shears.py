@@ -24,5 +24,5 @@ def shears(run: Run) -> None:
     train_supernet(run)
     train_baselines(run)
     search(run)
-    extract_chosen(run)
     measure(run)
+    extract_chosen(run)

@@ -26,5 +26,5 @@ def sqft(run: Run) -> None:
     train_supernet(run)
     train_baselines(run)
     search(run)
-    extract_chosen(run)
     measure(run)
+    extract_chosen(run)
