@@ -104,7 +104,7 @@ def main() -> None:
     subject = _of_run(args) if args.run else _untrained(args)
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
     subject.objective("plain")(subject.net.space.largest())  # warms up
-    kept = _Kept(args.out)
+    kept = _Kept(args.out, _conditions(args))
     losses: dict[str, tuple[Losses, float]] = {}
     remembered = Remembered(subject.objective("plain"))
     for seed in args.seeds:
@@ -216,22 +216,32 @@ def _search(
 
 
 class _Kept:
-    """Searches that are done, in a file where there is a folder."""
+    """Searches that are done, in a file where there is a folder; all under the same conditions."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, conditions: Mapping[str, Any]) -> None:
         self._path = None if folder is None else folder / "searches.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
-        if self._path is not None and self._path.exists():
-            for line in self._path.read_text().splitlines():
-                row = json.loads(line)
-                self.rows[row["search"]] = row
+        if self._path is None:
+            return
+        if not self._path.exists():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(conditions) + "\n")
+        first, *rows = map(json.loads, self._path.read_text().splitlines())
+        if first != conditions:
+            raise SystemExit(f"{self._path} is of {first}, and this is {conditions}: another --out")
+        self.rows = {row["search"]: row for row in rows}
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = {"search": key, **row}
         if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.write(json.dumps(self.rows[key]) + "\n")
+
+
+def _conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what searches must share to be compared."""
+    subject = "smollm2-135m" if args.run is None else str(args.run.resolve())
+    return {"run": subject} | {n: getattr(args, n) for n in ("trials", "examples", "probes")}
 
 
 def _curves(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ the super-network saves is their training, one for each size; what it may cost i
 from __future__ import annotations
 
 from elastune.budgets import budgeted
+from elastune.processes import together
 from elastune.run import Run
 from elastune.sampling import FixedSampler
 from elastune.space import SearchSpace, SubnetConfig
@@ -36,12 +37,15 @@ def train_alone(run: Run) -> None:
         inputs = alone_inputs(run, config)
         if run.dir.is_done(name, inputs):
             continue
-        net = _cut(run, config)
-        folder = run.dir.baseline(name)
-        with run.dir.stage(name, inputs, folder):
-            rate = run.train_config.full_learning_rate
-            cfg = run.train_config.model_copy(update={"learning_rate": rate})
-            fit(run, net, FixedSampler(), cfg, folder, name)
+        with run.dir.stage(name, inputs, run.dir.baseline(name)):
+            together(_train_one, run, name, dict(config))
+
+
+def _train_one(run: Run, name: str, config: dict[str, int]) -> None:
+    net = _cut(run, SubnetConfig(config))
+    rate = run.train_config.full_learning_rate
+    cfg = run.train_config.model_copy(update={"learning_rate": rate})
+    fit(run, net, FixedSampler(), cfg, run.dir.baseline(name), name)
 
 
 def load_alone(run: Run, name: str, config: SubnetConfig) -> WholeModel:

@@ -18,6 +18,7 @@ from elastune.importance.ranking import Ranking
 from elastune.importance.structure import UnitScores, structure_scores
 from elastune.importance.taylor import taylor_scores
 from elastune.objective import make_objective
+from elastune.processes import together
 from elastune.rank_in_rounds import rank_in_rounds
 from elastune.reorder import reorder_
 from elastune.run import Run
@@ -64,7 +65,7 @@ def _ranking(run: Run, model: PreTrainedModel, cfg: ImportanceConfig) -> Ranking
     if cfg.method == "magnitude":
         return Ranking.of_units(structure_scores(model, method="magnitude"))
     if cfg.method == "movement":
-        return Ranking.of_weights(model, _movement(run, model, cfg), cfg.tie)
+        return Ranking.of_weights(model, together(_movement, run), cfg.tie)
     batches = _batches(run, cfg)
     if cfg.method == "fisher":
         return Ranking.of_units(_fisher(run, model, batches, cfg))
@@ -113,9 +114,10 @@ def _fisher(
         )
 
 
-def _movement(run: Run, model: PreTrainedModel, cfg: ImportanceConfig) -> dict[str, Tensor]:
-    """Learn the scores of weights in a fine-tuning run."""
-    own = cfg.movement
+def _movement(run: Run) -> dict[str, Tensor]:
+    """Learn the scores of weights in a fine-tuning run, of a model of its own."""
+    assert run.recipe.importance is not None
+    own = run.recipe.importance.movement
     training = run.train_config.model_copy(
         update={
             "epochs": own.epochs,
@@ -130,7 +132,7 @@ def _movement(run: Run, model: PreTrainedModel, cfg: ImportanceConfig) -> dict[s
         score_learning_rate=own.score_learning_rate,
         block_size=own.block_size,
     )
-    net = MovementPruning(model, settings)
+    net = MovementPruning(run.load_start(), settings)
     fit(run, net, FixedSampler(), training, run.dir.movement, "importance (movement)")
     try:
         return net.scores()

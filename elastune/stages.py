@@ -23,6 +23,7 @@ from elastune.importance.ranking import Ranking
 from elastune.importance.structure import structure_scores
 from elastune.inputs import fingerprint
 from elastune.models import write_model
+from elastune.processes import is_main, main_first, together
 from elastune.quantise import quantise_, save_grids
 from elastune.reorder import reorder_
 from elastune.run import Run
@@ -111,16 +112,19 @@ def train_supernet(run: Run) -> None:
     inputs = run.inputs("train")
     if run.dir.is_done("train", inputs):
         return
+    with run.dir.stage("train", inputs, run.dir.supernet, run.dir.space):
+        together(_train_supernet, run)
+
+
+def _train_supernet(run: Run) -> None:
     model = run.load_sparse()
     space = run.space_of(model)
-    with run.dir.stage("train", inputs, run.dir.supernet, run.dir.space):
+    if is_main():
         write_json(run.dir.space, space.to_dict())
-        cfg = run.recipe.train
-        sampler = make_sampler(
-            cfg.sampler, space, run.train_config.seed or 0, n_random=cfg.n_random
-        )
-        net = run.untrained(model, space)
-        fit(run, net, sampler, run.train_config, run.dir.supernet, "super-network")
+    cfg = run.recipe.train
+    sampler = make_sampler(cfg.sampler, space, run.train_config.seed or 0, n_random=cfg.n_random)
+    net = run.untrained(model, space)
+    fit(run, net, sampler, run.train_config, run.dir.supernet, "super-network")
 
 
 def train_baseline(run: Run, name: str) -> None:
@@ -132,17 +136,25 @@ def train_baseline(run: Run, name: str) -> None:
     inputs = run.inputs(name)
     if run.dir.is_done(name, inputs):
         return
+    with run.dir.stage(name, inputs, run.dir.baseline(name)):
+        together(_train_baseline, run, name)
+
+
+def _train_baseline(run: Run, name: str) -> None:
     net, sampler, cfg = run.whole(name)
     folder = run.dir.baseline(name)
-    with run.dir.stage(name, inputs, folder):
-        fit(run, net, sampler, cfg, folder, name)
+    fit(run, net, sampler, cfg, folder, name)
+    if is_main():
         sparse = str(run.dir.base.resolve())
         base = sparse if name.startswith("sparse") else net.model.name_or_path
         save_tuned(net, run.tokenizer, folder, base=base)
 
 
 def fit(run: Run, net: Trainee, sampler: Any, cfg: TrainConfig, folder: Path, title: str) -> None:
-    """Train anything on the training examples, with the recipe's teacher if ``cfg`` asks."""
+    """Train anything on the training examples, with the recipe's teacher if ``cfg`` asks.
+
+    Of several processes all call this (`elastune.processes.together`).
+    """
     head = run.head
     items = head.encode(run.splits.train, run.tokenizer, cfg.max_length)
     teacher = _teacher(run, items, cfg)
@@ -175,7 +187,7 @@ def _teacher(run: Run, items: Sequence[Any], cfg: TrainConfig) -> AnyTeacher | N
     if cfg.distill.needs_features or not run.head.cacheable:
         return Teacher(run.load_teacher(name), run.head)
     identity = run.inputs("teacher")
-    with run.reporter.bar(f"ask the teacher ({name})", "examples") as bar:
+    with main_first(), run.reporter.bar(f"ask the teacher ({name})", "examples") as bar:
         teacher = cache_teacher(
             lambda: run.load_teacher(name),
             items,

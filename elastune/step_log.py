@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from elastune.processes import is_main, wait
 from elastune.space import SearchSpace
 
 COMPLETE = "complete"
@@ -37,10 +37,10 @@ class StepLog(TrainerCallback):
         self._row: dict[str, Any] = {}
         self._started = time.monotonic()
 
-    def add(self, loss: Tensor, tokens: int, draws: Sequence[Any]) -> None:
+    def add(self, loss: float, tokens: int, draws: Sequence[Any]) -> None:
         """Add a micro-batch to the row of the current step."""
         row = self._row
-        row["loss"] = row.get("loss", 0.0) + float(loss)
+        row["loss"] = row.get("loss", 0.0) + loss
         row["tokens"] = row.get("tokens", 0) + tokens
         if self.space is not None:
             configs = [list(self.space.encode(draw.config)) for draw in draws]
@@ -54,9 +54,11 @@ class StepLog(TrainerCallback):
         kept = rows[: state.global_step]
         self.tokens = sum(json.loads(row)["tokens"] for row in kept)
         self.last_loss = json.loads(kept[-1])["loss"] if kept else math.nan
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
+        wait()  # all have read before it changes
+        if is_main():
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text("".join(kept))
+            partial.replace(self.path)
         self._started = time.monotonic()
         if self.progress is not None and kept:
             self.progress(state.global_step, state.max_steps, {})
@@ -77,8 +79,9 @@ class StepLog(TrainerCallback):
         seconds = now - self._started
         self._started = now
         row = {"step": state.global_step, **self._row, "seconds": round(seconds, 4)}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        if is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         self._row = {}
         self.last_loss = row["loss"]
         self.tokens += row["tokens"]
@@ -91,4 +94,6 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Mark the checkpoint as written to its end; only marked ones are resumed from."""
-        (self.path.parent / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        wait()  # each process writes a part of it
+        if is_main():
+            (self.path.parent / f"checkpoint-{state.global_step}" / COMPLETE).touch()

@@ -29,10 +29,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+from elastune import processes
 from elastune.config import DistillConfig, TrainConfig
 from elastune.errors import BadArtifact, BadRecipe, TrainingDiverged
 from elastune.heads import HEADS, Head, SoftTargets
 from elastune.length_groups import LengthGroups
+from elastune.processes import from_main, is_main, wait
 from elastune.sampling import Sampler
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.step_log import COMPLETE, NothingLeft, Progress, StepLog
@@ -42,6 +44,8 @@ from elastune.train_step import TrainStep
 _WEIGHTS = "trained.safetensors"
 _NUMBERS = "item_numbers"
 """Field of a batch that says which items are in it; no model sees it."""
+_IDLE = "idle"
+"""Field that tells that the batch is another process's, and counts for nothing here."""
 
 
 class Trainee(Protocol):
@@ -103,6 +107,10 @@ def train(
     A run that was killed goes on from its last complete checkpoint in ``folder`` to the same
     weights as an uninterrupted one (bitwise on a CPU).
 
+    Several processes (``accelerate launch``, torchrun) call this together, each with all items:
+    they share ``cfg.batch_size``, and end with the weights of one process but for rounding. A
+    checkpoint may be gone on from with another number of them.
+
     ``train.jsonl`` has one row a step: step, loss (mean over targets: nats per labelled token for
     language models), lr, tokens, seconds, and the configurations trained, as indices into each
     dim's choices. With a ``cfg.distill.teacher`` the loss is what is minimised.
@@ -119,7 +127,8 @@ def train(
     step = TrainStep(net.model, head, _distillation(net, items, sampler, cfg, teacher))
     if teacher is not None:
         teacher.hooks = teacher_hooks(step.hooks, teacher, cfg.distill)
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
     log = StepLog(folder / "train.jsonl", net.space, progress)
     with ExitStack() as stack:
         stack.enter_context(head.training(net.model))
@@ -132,17 +141,23 @@ def train(
         trainer = _SuperNetworkTrainer(net, step, sampler, cfg, log, items, folder, teacher)
         started = time.monotonic()
         with suppress(NothingLeft):
-            trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
-    save_trained(net, folder)
-    for checkpoint in folder.glob("checkpoint-*"):
-        # Unmarked first: one that is half deleted must not be resumed from.
-        (checkpoint / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint)
+            trainer.train(resume_from_checkpoint=from_main(lambda: _last_checkpoint(folder)))
+    if is_main():
+        save_trained(net, folder)
+        _forget_checkpoints(folder)
+    wait()
     net.model.eval()
     if net.space is not None:
         net.activate(net.space.largest())
     seconds = time.monotonic() - started
     return TrainResult(trainer.state.global_step, log.last_loss, seconds, log.tokens)
+
+
+def _forget_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        # Unmarked first: one that is half deleted must not be resumed from.
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
 
 
 @contextmanager
@@ -230,6 +245,7 @@ class _SuperNetworkTrainer(Trainer):
         teacher: AnyTeacher | None,
     ) -> None:
         self.net = net
+        self.step = step
         self.head = step.head
         self.sampler = sampler
         self.cfg = cfg
@@ -249,9 +265,26 @@ class _SuperNetworkTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def _collate(self, numbered: Sequence[tuple[int, Any]]) -> dict[str, Any]:
-        """Return a batch, and beside it the numbers of its items."""
-        batch = self.head.collate([item for _, item in numbered])
-        return {**batch, _NUMBERS: torch.tensor([number for number, _ in numbered])}
+        """Return this process's part of a batch, and beside it the numbers of its items."""
+        own = numbered[processes.rank() :: processes.count()]
+        idle = not own  # a last batch with fewer items than processes
+        if idle:
+            own = numbered[:1]
+        batch = self.head.collate([item for _, item in own])
+        numbers = torch.tensor([number for number, _ in own])
+        return {**batch, _NUMBERS: numbers, _IDLE: torch.tensor(idle)}
+
+    def get_train_dataloader(self) -> Any:
+        """Let every process go through whole batches, of which it collates its own part.
+
+        The stock loader would fill the last batch of an epoch up with items it has had already.
+        """
+        loader = super().get_train_dataloader()
+        if processes.count() > 1:
+            shard: Any = loader.batch_sampler
+            shard.num_processes, shard.process_index = 1, 0
+            shard.even_batches = False
+        return loader
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Move what the trainee wants treated apart into groups of its own, behind the stock's."""
@@ -269,7 +302,7 @@ class _SuperNetworkTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """Count the targets of all micro-batches of a step, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(self.head.n_targets(batch) for batch in batches)
+        count = sum(self.head.n_targets(batch) for batch in batches if not batch[_IDLE])
         if self.args.world_size > 1:
             count = self.accelerator.gather(torch.as_tensor(count, device=device)).sum()
         return batches, count
@@ -281,27 +314,37 @@ class _SuperNetworkTrainer(Trainer):
         step = self.state.global_step
         index, progress = self._draw_index(step)
         draws = self.sampler.draw(index, progress)
-        total = torch.zeros((), device=self.args.device)
+        summed_losses = torch.zeros((), device=self.args.device)
         scheduled = self.net if isinstance(self.net, ScheduledTrainee) else None
         if scheduled is not None:
             scheduled.begin_step(progress)
         # The first draw teaches the others, unless a teacher's outputs stand here before it.
         targets = self._soft_targets(inputs, inputs.pop(_NUMBERS))
+        takes_part = 0.0 if inputs.pop(_IDLE) else 1.0
         for draw in draws:
             self.net.activate(draw.config)
             with self.compute_loss_context_manager():
-                summed, targets = model(inputs, targets)
+                # Not the wrapper of several processes: it cannot know what a draw leaves unused.
+                summed, targets = self.step(inputs, targets)
             # Gradients are averaged over processes, and each holds its own share of the tokens.
-            loss = summed * (draw.weight * self.args.world_size) / num_items_in_batch
+            weight = takes_part * draw.weight * self.args.world_size
+            loss = summed * weight / num_items_in_batch
             if scheduled is not None:  # of each micro-batch its share
                 loss = loss + scheduled.penalty() * (draw.weight / self.cfg.accumulation)
-            self._refuse_divergence(loss, step)
+            if processes.count() == 1:
+                self._refuse_divergence(float(loss.detach()), step)
             self.accelerator.backward(loss)
-            total += loss.detach() / self.args.world_size
+            summed_losses += loss.detach()
         seen = inputs.get("attention_mask", inputs["input_ids"])
         tokens = int(seen.sum()) if "attention_mask" in inputs else seen.numel()
-        self.step_log.add(total, tokens * len(draws), draws)
-        return total
+        tokens *= int(takes_part)
+        loss_of_all, tokens_of_all = processes.total(float(summed_losses), tokens)
+        mean = loss_of_all / self.args.world_size
+        self._refuse_divergence(mean, step)  # by all processes at once
+        if self.accelerator.sync_gradients:
+            processes.average_gradients(self.step.parameters())
+        self.step_log.add(mean, int(tokens_of_all) * len(draws), draws)
+        return torch.tensor(mean, device=self.args.device)
 
     def _soft_targets(self, batch: dict[str, Any], numbers: Tensor) -> SoftTargets | None:
         """Return what an outside teacher says of a batch, once for all its draws."""
@@ -327,17 +370,19 @@ class _SuperNetworkTrainer(Trainer):
             return step, progress
         return step * self.cfg.accumulation + micro, progress
 
-    def _refuse_divergence(self, loss: Tensor, step: int) -> None:
-        if not math.isfinite(float(loss.detach())):
-            kept = _last_checkpoint(self.folder)
+    def _refuse_divergence(self, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            kept = _last_checkpoint(self.folder) if is_main() else None
             raise TrainingDiverged(
-                f"the loss became {float(loss.detach())} at step {step + 1}; "
+                f"the loss became {loss} at step {step + 1}; "
                 + (f"{Path(kept).name} is kept" if kept else "no checkpoint had been written yet"),
                 try_="a lower train.learning_rate, a longer train.warmup, or train.precision=fp32",
             )
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save what training changes, and nothing of the frozen base."""
+        if not is_main():
+            return
         folder = self.folder if output_dir is None else Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.net, folder)
@@ -360,7 +405,7 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
         raise BadRecipe(
             "train.precision=fp16 needs a GPU, and there is none here", try_="fp32 or bf16"
         )
-    return TrainingArguments(
+    found = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=cfg.epochs,
         max_steps=cfg.max_steps or -1,
@@ -387,3 +432,5 @@ def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
         seed=cfg.seed or 0,
         data_seed=cfg.seed or 0,
     )
+    found._n_gpu = min(found.n_gpu, 1)  # replicas within a process cannot follow what is activated
+    return found

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
     {"errors", "version", "progress", "yaml_text", "packing", "metrics", "autoload"}
-    | {"name_patterns"},
+    | {"name_patterns", "processes"},
     {"files", "sections", "space", "tasks", "linears", "decoding", "console", "statistics"}
     | {"race"},
     {"allocate"},

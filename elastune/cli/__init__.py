@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
 
+from elastune import processes
 from elastune.cli import adapters, exporting, fitting, looking, searching, stages
-from elastune.cli.frame import OUT
+from elastune.cli.frame import OUT, follow, reported
 from elastune.version import __version__
 
 app = typer.Typer(
@@ -54,4 +56,15 @@ def main() -> None:
     """Entry point of the console script."""
     # Threads that wait by spinning cost a multiple of the time as soon as a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    app()
+    if not processes.is_main():
+        follow()
+        return
+    try:
+        with reported():
+            processes.join()
+    except typer.Exit as end:  # no command is there to take it
+        sys.exit(end.exit_code)
+    try:
+        app()
+    finally:
+        processes.release()

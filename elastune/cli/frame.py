@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -125,6 +125,28 @@ def reported() -> Iterator[None]:
             f"cannot write: {reason}", "free space or another --out; run again to go on from here"
         )
         raise typer.Exit(2) from None
+
+
+def follow() -> None:
+    """Take part in the trainings of the process that runs the command line."""
+    from elastune import processes
+
+    def open_run(job: Mapping[str, Any]) -> Run:
+        from elastune.artifacts import OthersRunDirectory
+        from elastune.config import Recipe
+        from elastune.progress import Reporter
+        from elastune.run import Run
+
+        be_quiet()
+        recipe = Recipe.model_validate(job["recipe"])
+        return Run(OthersRunDirectory(Path(job["root"])), recipe, Reporter())
+
+    try:
+        with reported():
+            processes.join()
+            processes.follow(open_run)
+    except typer.Exit as end:  # no command is there to take it
+        sys.exit(end.exit_code)
 
 
 def _complain(message: str, way_out: str | None) -> None:

@@ -1,0 +1,172 @@
+"""Training in several processes, launched as users launch it: the weights of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tiny_run import cli, save_recipe, save_sums, save_tiny_model, tiny_recipe
+
+from elastune.artifacts import RunDirectory
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes")
+
+STRUCTURE: dict[str, Any] = {
+    "ffn": [1.0, 0.5],
+    "heads": [1.0, 0.5],
+    "depth": [1],
+    "round_to": 8,
+    "calibration": {"source": "task", "n_sequences": 4, "length": 16},
+}
+ROUNDING = {"ranks": 1e-4, "structure": 1e-4, "sandwich": 1e-3}
+"""Of sums in another order; Adam divides gradients that are almost nothing by what they are."""
+
+KINDS: dict[str, dict[str, Any]] = {
+    "ranks": {"baselines": ["sparse+lora"]},
+    "structure": {"method": "lonas", "structure": STRUCTURE, "baselines": []},
+    "sandwich": {
+        "method": "lonas",
+        "structure": STRUCTURE,
+        "baselines": ["dense+full"],
+        "train": {"sampler": "sandwich", "distill": {"teacher": "in_place"}},
+    },
+}
+
+
+def recipe(folder: Path, **sections: Any) -> Path:
+    model, data = save_tiny_model(folder / "model"), save_sums(folder / "data")
+    # 40 examples: the last batch of an epoch has four of its six, two for each process
+    train = {"max_steps": 6, "batch_size": 6, "accumulation": 2} | sections.pop("train", {})
+    return save_recipe(folder / "tiny.yaml", tiny_recipe(model, data, train=train, **sections))
+
+
+def launch(*arguments: str | Path, processes: int = 2) -> subprocess.Popen[str]:
+    """Start a command in several processes, as a user does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]  # or CPUs
+    command += ["--num_machines", "1", "--num_processes", str(processes)]
+    command += ["--main_process_port", "0"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "elastune"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def launched(*arguments: str | Path, processes: int = 2, code: int = 0) -> str:
+    process = launch(*arguments, processes=processes)
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, errors
+    return errors
+
+
+def difference(one: Path, other: Path) -> float:
+    """Return the largest difference of a trained weight, over the largest weight."""
+    a, b = load_file(one / "trained.safetensors"), load_file(other / "trained.safetensors")
+    assert a.keys() == b.keys()
+    largest = max(float(tensor.abs().max()) for tensor in a.values())
+    return max(float((a[name] - b[name]).abs().max()) for name in a) / largest
+
+
+def losses(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_the_weights_of_one(kind: str, tmp_path: Path) -> None:
+    file = recipe(tmp_path, **KINDS[kind])
+    launched("run", file, "--out", tmp_path / "two")
+    cli("run", file, "--out", tmp_path / "one")
+    one, two = RunDirectory(tmp_path / "one"), RunDirectory(tmp_path / "two")
+    assert difference(two.supernet, one.supernet) < ROUNDING[kind]
+    for name in KINDS[kind]["baselines"]:
+        assert difference(two.baseline(name), one.baseline(name)) < ROUNDING[kind]
+    for a, b in zip(losses(two.supernet), losses(one.supernet), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert (a["tokens"], a["configs"]) == (b["tokens"], b["configs"])
+    assert two.manifest()["stages"].keys() == one.manifest()["stages"].keys()
+    assert [r["name"] for r in two.metrics()["rows"]] == [r["name"] for r in one.metrics()["rows"]]
+
+
+def begun(folder: Path, process: subprocess.Popen[str]) -> None:
+    """Wait for a training's first whole checkpoint."""
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("checkpoint-*/complete")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.005)
+
+
+def workers(launcher: int) -> dict[str, int]:
+    """Return rank -> process of what a launcher started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (folder / "environ").read_bytes().decode().split("\0")
+        except (OSError, ValueError):
+            continue
+        ranks = [v.removeprefix("RANK=") for v in variables if v.startswith("RANK=")]
+        if parent == launcher and ranks:
+            found[ranks[0]] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("then", [1, 3])
+def test_a_killed_process_is_reported_and_any_number_goes_on(then: int, tmp_path: Path) -> None:
+    file = recipe(
+        tmp_path, train={"max_steps": 60, "batch_size": 13, "learning_rate": 1e-3}, baselines=[]
+    )
+    process = launch("train", file, "--out", tmp_path / "run")
+    try:
+        begun(tmp_path / "run" / "supernet", process)
+        os.kill(workers(process.pid)["1"], signal.SIGKILL)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert "another process of this training was lost" in errors
+    assert "run the same command again: it goes on from the last checkpoint" in errors
+    steps = len(losses(tmp_path / "run" / "supernet"))
+    assert 2 <= steps < 60
+
+    if then == 1:
+        cli("train", file, "--out", tmp_path / "run")
+    else:
+        launched("train", file, "--out", tmp_path / "run", processes=then)
+    cli("train", file, "--out", tmp_path / "whole")
+    run, whole = tmp_path / "run" / "supernet", tmp_path / "whole" / "supernet"
+    assert [row["step"] for row in losses(run)] == list(range(1, 61))
+    for a, b in zip(losses(run), losses(whole), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4), a["step"]
+    assert difference(run, whole) < 1e-3
+
+
+def test_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    file = recipe(tmp_path, baselines=[])
+    errors = launched("train", file, "--out", tmp_path / "run", code=1)
+    assert "ACCELERATE_USE_FSDP is set: weights cut into shards cannot be cut" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_ends_all_processes(tmp_path: Path) -> None:
+    errors = launched("train", tmp_path / "none.yaml", code=1)
+    assert errors.count("error: ") == 1
