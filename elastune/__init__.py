@@ -64,7 +64,8 @@ if TYPE_CHECKING:
     from elastune.supernet import SuperNetwork
     from elastune.tasks import Example, Score, Task, get_task
     from elastune.teacher import Teacher, cache_teacher
-    from elastune.train import load_trained, save_trained, train
+    from elastune.train import train
+    from elastune.trained import load_trained, save_trained
 
 _HOMES = {
     "adapters": ("cut_adapter", "from_adapter"),
@@ -111,7 +112,8 @@ _HOMES = {
     "supernet": ("SuperNetwork",),
     "tasks": ("Example", "Score", "Task", "get_task"),
     "teacher": ("Teacher", "cache_teacher"),
-    "train": ("load_trained", "save_trained", "train"),
+    "train": ("train",),
+    "trained": ("load_trained", "save_trained"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

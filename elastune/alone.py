@@ -13,7 +13,7 @@ from elastune.sampling import FixedSampler
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.stages import fit
 from elastune.subnetwork import extract_model
-from elastune.train import load_trained
+from elastune.trained import load_trained
 from elastune.whole_model import WholeModel
 
 PREFIX = "alone-"

@@ -36,7 +36,7 @@ from elastune.space import SearchSpace
 from elastune.sparsify import Sparsity, sparsity_report
 from elastune.supernet import SuperNetwork
 from elastune.tasks import Task, get_task
-from elastune.train import load_trained
+from elastune.trained import load_trained
 from elastune.vocabulary import trim_vocabulary_
 from elastune.whole_model import WholeModel
 

@@ -30,7 +30,8 @@ from elastune.run import Run
 from elastune.sampling import make_sampler
 from elastune.sparsify import sparsify_, sparsity_report
 from elastune.teacher import AnyTeacher, Teacher, cache_teacher
-from elastune.train import Trainee, train
+from elastune.train import train
+from elastune.trained import Trainee
 
 
 def sparsify(run: Run) -> None:

@@ -14,7 +14,6 @@ teacher for every draw that of EFTNAS.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -24,47 +23,31 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from elastune import processes
 from elastune.config import DistillConfig, TrainConfig
-from elastune.errors import BadArtifact, BadRecipe, TrainingDiverged
+from elastune.errors import BadRecipe, TrainingDiverged
 from elastune.heads import HEADS, Head, SoftTargets
 from elastune.length_groups import LengthGroups
 from elastune.processes import from_main, is_main, wait
 from elastune.sampling import Sampler
-from elastune.space import SearchSpace, SubnetConfig
-from elastune.step_log import COMPLETE, NothingLeft, Progress, StepLog
+from elastune.step_log import NothingLeft, Progress, StepLog
 from elastune.teacher import AnyTeacher, check_teacher, teacher_hooks
 from elastune.train_step import TrainStep
+from elastune.trained import (
+    Trainee,
+    forget_checkpoints,
+    last_checkpoint,
+    load_trained,
+    save_trained,
+)
 
-_WEIGHTS = "trained.safetensors"
 _NUMBERS = "item_numbers"
 """Field of a batch that says which items are in it; no model sees it."""
 _IDLE = "idle"
 """Field that tells that the batch is another process's, and counts for nothing here."""
-
-
-class Trainee(Protocol):
-    """What can be trained: a `SuperNetwork`, or a `WholeModel` that has nothing to choose."""
-
-    model: PreTrainedModel
-
-    @property
-    def space(self) -> SearchSpace | None:
-        """What configurations are drawn from."""
-
-    def activate(self, config: SubnetConfig) -> None:
-        """Make ``config`` the network that runs."""
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Return what training changes, by name."""
-
-    def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Copy in what `trained_state` returned."""
 
 
 @runtime_checkable
@@ -141,23 +124,16 @@ def train(
         trainer = _SuperNetworkTrainer(net, step, sampler, cfg, log, items, folder, teacher)
         started = time.monotonic()
         with suppress(NothingLeft):
-            trainer.train(resume_from_checkpoint=from_main(lambda: _last_checkpoint(folder)))
+            trainer.train(resume_from_checkpoint=from_main(lambda: last_checkpoint(folder)))
     if is_main():
         save_trained(net, folder)
-        _forget_checkpoints(folder)
+        forget_checkpoints(folder)
     wait()
     net.model.eval()
     if net.space is not None:
         net.activate(net.space.largest())
     seconds = time.monotonic() - started
     return TrainResult(trainer.state.global_step, log.last_loss, seconds, log.tokens)
-
-
-def _forget_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
-        # Unmarked first: one that is half deleted must not be resumed from.
-        (checkpoint / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint)
 
 
 @contextmanager
@@ -193,41 +169,6 @@ def _distillation(
             try_="train.sampler=sandwich, or train.distill=null",
         )
     return cfg.distill
-
-
-def save_trained(net: Trainee, folder: Path) -> None:
-    """Write what training changed, whole or not at all."""
-    partial = folder / f".{_WEIGHTS}.partial"
-    state = {name: tensor.contiguous().cpu() for name, tensor in net.trained_state().items()}
-    save_file(state, partial)
-    partial.replace(folder / _WEIGHTS)
-
-
-def load_trained(net: Trainee, folder: Path) -> None:
-    """Read back what `save_trained` wrote.
-
-    Raises:
-        BadArtifact: missing, corrupt, or of another super-network.
-    """
-    path = folder / _WEIGHTS
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise BadArtifact(
-            f"the trained weights {path} cannot be read: {error}",
-            try_=f"delete {folder} and run again to train anew",
-        ) from error
-    net.load_trained_state(state)
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint not in complete:
-            shutil.rmtree(checkpoint)
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
 
 
 class _SuperNetworkTrainer(Trainer):
@@ -372,7 +313,7 @@ class _SuperNetworkTrainer(Trainer):
 
     def _refuse_divergence(self, loss: float, step: int) -> None:
         if not math.isfinite(loss):
-            kept = _last_checkpoint(self.folder) if is_main() else None
+            kept = last_checkpoint(self.folder) if is_main() else None
             raise TrainingDiverged(
                 f"the loss became {loss} at step {step + 1}; "
                 + (f"{Path(kept).name} is kept" if kept else "no checkpoint had been written yet"),

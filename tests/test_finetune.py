@@ -19,7 +19,7 @@ from elastune.evaluate import evaluate
 from elastune.finetune import finetune
 from elastune.heads import HEADS
 from elastune.tasks import get_task
-from elastune.train import load_trained
+from elastune.trained import load_trained
 from elastune.whole_model import WholeModel
 
 WORDS = ["apples", "clips", "gallons", "friends", "bucket", "water", "answer"]

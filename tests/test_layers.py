@@ -13,14 +13,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
     {"errors", "version", "progress", "yaml_text", "packing", "metrics", "autoload"}
-    | {"name_patterns", "processes"},
+    | {"name_patterns"},
     {"files", "sections", "space", "tasks", "linears", "decoding", "console", "statistics"}
-    | {"race"},
+    | {"race", "processes"},
     {"allocate"},
     {"config", "elastic", "state", "search", "leaks", "report", "predictions"},
     {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},
     {"data", "calibration_text", "structure", "artifacts", "macs", "doctor", "generated"}
-    | {"drop_blocks", "tokenizer_file"},
+    | {"drop_blocks", "tokenizer_file", "trained"},
     {"build_space", "build_structure", "supernet", "calibrate", "losses", "likelihood", "features"}
     | {"slice_counts", "merged"},
     {"block_choices"},

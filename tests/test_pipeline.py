@@ -341,7 +341,7 @@ def test_three_kills_at_random_moments_change_nothing_in_the_end(
     assert n_changes > 100
     rng = random.Random(0)
     for _ in range(3):
-        code, _ = start("killed", die_at=rng.randrange(1, n_changes // 2))
+        code, _ = start("killed", die_at=rng.randrange(1, n_changes // 4))
         assert code == -signal.SIGKILL
     assert start("killed")[0] == 0
     out = tmp_path / "killed"

@@ -22,7 +22,8 @@ from elastune.errors import BadArtifact
 from elastune.sampling import RandomSampler, SandwichSampler
 from elastune.sparsify import Sparsity, sparsify_
 from elastune.supernet import SuperNetwork
-from elastune.train import TrainResult, load_trained, train
+from elastune.train import TrainResult, train
+from elastune.trained import load_trained
 
 EXAMPLES = encoded(9, 12, 5, 14, 7, 11, 6, 8, n_prompt=3)
 

@@ -1,0 +1,80 @@
+"""What a training leaves on disk: weights, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from elastune.errors import BadArtifact
+from elastune.space import SearchSpace, SubnetConfig
+from elastune.step_log import COMPLETE
+
+_WEIGHTS = "trained.safetensors"
+
+
+class Trainee(Protocol):
+    """What can be trained: a `SuperNetwork`, or a `WholeModel` that has nothing to choose."""
+
+    model: PreTrainedModel
+
+    @property
+    def space(self) -> SearchSpace | None:
+        """What configurations are drawn from."""
+
+    def activate(self, config: SubnetConfig) -> None:
+        """Make ``config`` the network that runs."""
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return what training changes, by name."""
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copy in what `trained_state` returned."""
+
+
+def save_trained(net: Trainee, folder: Path) -> None:
+    """Write what training changed, whole or not at all."""
+    partial = folder / f".{_WEIGHTS}.partial"
+    state = {name: tensor.contiguous().cpu() for name, tensor in net.trained_state().items()}
+    save_file(state, partial)
+    partial.replace(folder / _WEIGHTS)
+
+
+def load_trained(net: Trainee, folder: Path) -> None:
+    """Read back what `save_trained` wrote.
+
+    Raises:
+        BadArtifact: missing, corrupt, or of another super-network.
+    """
+    path = folder / _WEIGHTS
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise BadArtifact(
+            f"the trained weights {path} cannot be read: {error}",
+            try_=f"delete {folder} and run again to train anew",
+        ) from error
+    net.load_trained_state(state)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the newest checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    for checkpoint in folder.glob("checkpoint-*"):
+        if checkpoint not in complete:
+            shutil.rmtree(checkpoint)
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return None if newest is None else str(newest)
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a training that is done."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        # Unmarked first: one that is half deleted must not be resumed from.
+        (checkpoint / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint)
