@@ -35,6 +35,7 @@ class _Group:
 
     joined: bool = False
     training: bool = False
+    shards: bool = False
 
 
 _group = _Group()
@@ -62,27 +63,32 @@ def join() -> None:
     """Meet the other processes; called by all of them, once.
 
     Raises:
-        BadRecipe: a launcher that shards weights, which elastic modules cannot follow.
+        BadRecipe: DeepSpeed was asked for, whose shards sub-networks cannot be cut from.
     """
     if count() == 1 or _group.joined:
         return
     os.environ[_OWNER] = str(os.getpid())
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
-        if os.environ.get(name, "false").lower() == "true":
-            raise BadRecipe(
-                f"{name} is set: weights cut into shards cannot be cut into sub-networks",
-                try_="accelerate launch --multi_gpu (or --cpu), or one process",
-            )
+    if _is_set("ACCELERATE_USE_DEEPSPEED"):
+        raise BadRecipe(
+            "DeepSpeed was asked for: sub-networks cannot be cut from its shards",
+            try_="accelerate launch --use_fsdp for a base in shards, --multi_gpu for a whole one",
+        )
+    _group.shards = _is_set("ACCELERATE_USE_FSDP")
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # else the Trainer would shard, adapters and all
     import torch
     from accelerate import PartialState
 
     if not torch.cuda.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else it takes each process for the only one
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    PartialState(cpu=_is_set("ACCELERATE_USE_CPU"), timeout=_PATIENCE)
     _group.joined = True
     if is_main():
         signal.signal(signal.SIGTERM, _on_end)
+
+
+def shards_base() -> bool:
+    """Tell whether a training is on whose frozen base is in shards (``--use_fsdp``)."""
+    return _group.shards and _group.training
 
 
 def wait() -> None:
@@ -254,6 +260,10 @@ def _lost(reason: str) -> ElastuneError:
 
 def _on_end(*_: Any) -> None:
     raise _lost("the launcher ends them all")
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
 
 
 def _leave() -> None:

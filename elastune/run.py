@@ -30,6 +30,7 @@ from elastune.heads import HEADS, Head
 from elastune.inputs import fingerprint, plain_training, stage_inputs
 from elastune.leaks import check_text_leaks
 from elastune.models import load_model
+from elastune.processes import shards_base
 from elastune.progress import Reporter
 from elastune.quantise import load_grids
 from elastune.space import SearchSpace
@@ -169,16 +170,17 @@ class Run:
         self._kept_tokens = found.kept
         return smaller
 
-    @cached_property
+    @property
     def _as_loaded(self) -> dict[str, Any]:
         """How models of this run are loaded."""
+        # One that is cut into shards may be too large for any one device.
+        on_gpu = torch.cuda.is_available() and not shards_base()
+        return {"device": "cuda" if on_gpu else None, **self._loaded_for}
+
+    @cached_property
+    def _loaded_for(self) -> dict[str, Any]:
         task = self.task_of(self.recipe.task)
-        return {
-            "dtype": self.recipe.dtype,
-            "device": "cuda" if torch.cuda.is_available() else None,
-            "head": task.head,
-            "num_labels": task.num_labels,
-        }
+        return {"dtype": self.recipe.dtype, "head": task.head, "num_labels": task.num_labels}
 
     def load_start(self) -> PreTrainedModel:
         """Load what the super-network's base begins as, all its parts in their own order."""

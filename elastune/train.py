@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -31,8 +32,9 @@ from elastune.config import DistillConfig, TrainConfig
 from elastune.errors import BadRecipe, TrainingDiverged
 from elastune.heads import HEADS, Head, SoftTargets
 from elastune.length_groups import LengthGroups
-from elastune.processes import from_main, is_main, wait
+from elastune.processes import from_main, is_main, shards_base, wait
 from elastune.sampling import Sampler
+from elastune.shards import shard_frozen_
 from elastune.step_log import NothingLeft, Progress, StepLog
 from elastune.teacher import AnyTeacher, check_teacher, teacher_hooks
 from elastune.train_step import TrainStep
@@ -113,6 +115,8 @@ def train(
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     log = StepLog(folder / "train.jsonl", net.space, progress)
+    if shards_base():
+        shard_frozen_(net.model)
     with ExitStack() as stack:
         stack.enter_context(head.training(net.model))
         if teacher is not None and teacher.model is not None:
@@ -200,6 +204,10 @@ class _SuperNetworkTrainer(Trainer):
             data_collator=self._collate,
             train_dataset=list(enumerate(items)),  # type: ignore[arg-type]
             callbacks=[log],
+        )
+        # Gradients are averaged by us: the wrapper of several processes would only hold a copy.
+        self.accelerator.prepare_model = partial(  # type: ignore[method-assign]
+            self.accelerator.prepare_model, evaluation_mode=True
         )
         if teacher is not None and teacher.model is not None:
             teacher.model.to(self.args.device)  # type: ignore[arg-type]

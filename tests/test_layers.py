@@ -21,7 +21,7 @@ LAYERS: list[set[str]] = [
     {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},
     {"data", "calibration_text", "structure", "artifacts", "macs", "doctor", "generated"}
     | {"drop_blocks", "tokenizer_file", "trained"},
-    {"build_space", "build_structure", "supernet", "calibrate", "losses", "likelihood", "features"}
+    {"build_space", "build_structure", "supernet", "shards", "calibrate", "losses", "likelihood", "features"}
     | {"slice_counts", "merged"},
     {"block_choices"},
     {"cost", "extract", "memory", "choices", "heads", "reorder"},

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,11 @@ def recipe(folder: Path, **sections: Any) -> Path:
     return save_recipe(folder / "tiny.yaml", tiny_recipe(model, data, train=train, **sections))
 
 
-def launch(*arguments: str | Path, processes: int = 2) -> subprocess.Popen[str]:
+def launch(
+    *arguments: str | Path, processes: int = 2, how: Sequence[str] = ("--multi_gpu",)
+) -> subprocess.Popen[str]:
     """Start a command in several processes, as a user does."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]  # or CPUs
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how]  # without GPUs: CPUs
     command += ["--num_machines", "1", "--num_processes", str(processes)]
     command += ["--main_process_port", "0"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "elastune"]
@@ -64,8 +67,8 @@ def launch(*arguments: str | Path, processes: int = 2) -> subprocess.Popen[str]:
     )
 
 
-def launched(*arguments: str | Path, processes: int = 2, code: int = 0) -> str:
-    process = launch(*arguments, processes=processes)
+def launched(*arguments: str | Path, processes: int = 2, code: int = 0, **how: Any) -> str:
+    process = launch(*arguments, processes=processes, **how)
     try:
         _, errors = process.communicate(timeout=240)
     finally:
@@ -159,11 +162,73 @@ def test_a_killed_process_is_reported_and_any_number_goes_on(then: int, tmp_path
     assert difference(run, whole) < 1e-3
 
 
-def test_shards_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+FSDP = ("--use_fsdp", "--fsdp_version", "2")
+
+
+@pytest.mark.parametrize("kind", ["ranks", "structure"])
+def test_a_base_in_shards_trains_the_weights_of_one_process(kind: str, tmp_path: Path) -> None:
+    file = recipe(tmp_path, **KINDS[kind])
+    launched("run", file, "--out", tmp_path / "two", how=FSDP)
+    cli("run", file, "--out", tmp_path / "one")
+    one, two = RunDirectory(tmp_path / "one"), RunDirectory(tmp_path / "two")
+    assert difference(two.supernet, one.supernet) < ROUNDING[kind]
+    for a, b in zip(losses(two.supernet), losses(one.supernet), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    assert [r["name"] for r in two.metrics()["rows"]] == [r["name"] for r in one.metrics()["rows"]]
+
+
+SHARDED = """
+import torch
+from tiny_models import inputs_of, tiny_model, tiny_net
+from elastune import processes
+from elastune.shards import shard_frozen_
+from elastune.space import SubnetConfig
+
+processes.join()
+whole, parts = tiny_net(tiny_model("llama")), tiny_net(tiny_model("llama"))
+shard_frozen_(parts.model)
+held = [p for p in parts.model.model.layers.parameters() if not p.requires_grad]
+inputs = inputs_of(whole.model)
+worst = 0.0
+for place in range(3):  # from the largest to the smallest
+    config = SubnetConfig({dim.name: dim.choices[place] for dim in whole.space.dims})
+    for net in (whole, parts):
+        net.activate(config)
+        net.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+for a, b in zip(whole.adapters.values(), parts.adapters.values(), strict=True):
+    worst = max(worst, float((a.lora_A.grad - b.lora_A.grad).abs().max()))
+    worst = max(worst, float((a.lora_B.grad - b.lora_B.grad).abs().max()))
+part = sum(p.to_local().numel() for p in held) / sum(p.numel() for p in held)
+if processes.is_main():
+    print("HELD", part, "WORST", worst, "MOVED", float(b.lora_A.grad.abs().max()) > 0)
+processes.wait()
+"""
+
+
+def test_each_process_holds_half_of_the_base_and_gradients_are_the_same(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+        + ["--master_port", "0", str(tmp_path / "sharded.py")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, part, _, worst, _, moved = done.stdout.split()
+    assert float(part) == pytest.approx(0.5, abs=0.02)
+    assert float(worst) < 1e-6
+    assert moved == "True"
+
+
+def test_deepspeed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     file = recipe(tmp_path, baselines=[])
     errors = launched("train", file, "--out", tmp_path / "run", code=1)
-    assert "ACCELERATE_USE_FSDP is set: weights cut into shards cannot be cut" in errors
+    assert "sub-networks cannot be cut from its shards" in errors
+    assert "--use_fsdp" in errors
     assert not (tmp_path / "run").exists()
 
 
