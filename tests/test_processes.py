@@ -208,8 +208,10 @@ processes.wait()
 def test_each_process_holds_half_of_the_base_and_gradients_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "sharded.py").write_text(SHARDED)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-        + ["--master_port", "0", str(tmp_path / "sharded.py")],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--standalone", str(tmp_path / "sharded.py")),
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
         text=True,
         capture_output=True,
