@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help .venv demo test test-all check format bench clean
+.PHONY: help .venv demo test test-all check format bench docs clean
 help:  ## list the commands
 	@grep -E '^[a-z.-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -38,6 +38,9 @@ format: .venv  ## apply formatting and safe lint fixes
 
 bench: .venv  ## every benchmark at a small size
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script --quick || exit 1; done
+
+docs: .venv  ## the documentation site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:  ## remove the environment and caches, not runs
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
