@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from elastune.allocate import allocate, single_choice_losses, uniform_config
@@ -141,3 +144,14 @@ def _nearest_point(run: Run, budget: float) -> SubnetConfig:
 def cuts_of_model(space: SearchSpace) -> SearchSpace:
     """Return the dims that cut the model itself; zeros take no MACs away."""
     return SearchSpace([dim for dim in space.dims if dim.kind not in ("rank", "density")])
+
+
+def space_ends(run: Run, model: PreTrainedModel, space: SearchSpace) -> dict[str, dict[str, Any]]:
+    """Return what the largest, the heuristic and the smallest sub-network cost, untrained."""
+    count = cost_model(run, run.untrained(model, space))
+    ends = {
+        "largest": space.largest(),
+        "heuristic": space.heuristic(),
+        "smallest": space.smallest(),
+    }
+    return {name: asdict(count(config)) for name, config in ends.items()}

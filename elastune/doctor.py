@@ -11,7 +11,7 @@ from rich.table import Table
 
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "safetensors", "optuna", "numpy"),
-    *("datasets", "gguf", "lm-eval", "reasoning-gym", "tensorboard"),
+    *("datasets", "gguf", "lm-eval", "reasoning-gym", "tensorboard", "trackio"),
 )
 _EXTRAS = {
     "datasets": "data",
@@ -19,6 +19,7 @@ _EXTRAS = {
     "lm-eval": "lm-eval",
     "reasoning-gym": "reasoning",
     "tensorboard": "tensorboard",
+    "trackio": "trackio",
 }
 
 
@@ -43,6 +44,7 @@ def examine() -> dict[str, Any]:
         "built_in_models": list(BUILTIN),
         "model_types": list(known_model_types()),
         "tasks": list(TASKS),
+        "exports": _exports(),
     }
 
 
@@ -63,8 +65,23 @@ def doctor_table(facts: dict[str, Any]) -> Table:
     )
     table.add_row("built-in models", ", ".join(facts["built_in_models"]))
     table.add_row("model types", ", ".join(facts["model_types"]))
+    working = [name for name, missing in facts["exports"].items() if missing is None]
+    table.add_row("exports", ", ".join(working))
+    for name, missing in facts["exports"].items():
+        if missing is not None:
+            table.add_row(f"export {name}", f"missing: {missing}")
     table.add_row("tasks", ", ".join(facts["tasks"]))
     return table
+
+
+def _exports() -> dict[str, str | None]:
+    """Return what each format lacks here, as the command that installs it; None for nothing."""
+    from elastune.export.registry import EXPORT_FORMATS, missing_packages
+
+    return {
+        name: made.install if missing_packages(made) else None
+        for name, made in EXPORT_FORMATS.items()
+    }
 
 
 def _version(name: str) -> str | None:

@@ -17,7 +17,7 @@ from elastune.budgets import allocate_budgets
 from elastune.choose import extract_chosen
 from elastune.errors import BadRecipe
 from elastune.evaluate import evaluate
-from elastune.files import read_json, write_json
+from elastune.files import read_json, remove, write_json
 from elastune.fit_plan import TARGET_TRIALS, Plan
 from elastune.fit_request import Request
 from elastune.inputs import fingerprint
@@ -183,6 +183,8 @@ def _chosen_and_measured(run: Run, request: Request, reference: str) -> Fitted:
         run.reporter.say(f"measured it is slower than predicted: {', '.join(map(str, tighter))}")
         limits = tighter
     measure(run, [reference, NAME])
+    remove(run.dir.subnets / NAME)
+    extract_chosen(run, {NAME: target.config})  # once more: now its card can tell the figures
     rows = {row["name"]: row for row in run.dir.metrics()["rows"]}
     values = {**target.trial.measured, **target.trial.values}
     full = full_costs(run, request.costs)

@@ -21,10 +21,12 @@ from typer.testing import CliRunner, Result
 
 from elastune.cli import app
 from elastune.console import ConsoleReporter
+from elastune.export.registry import EXPORT_FORMATS
 
 COMMANDS = ["run", "sparsify", "space", "train", "search", "extract"]
 COMMANDS += ["export", "check", "profile"]
-COMMANDS += ["sweep", "fit", "adapter", "push", "evaluate", "report", "demo", "doctor"]
+COMMANDS += ["sweep", "fit", "adapter", "push", "evaluate", "report", "runs"]
+COMMANDS += ["demo", "doctor"]
 
 
 def cli(*arguments: Any) -> Result:
@@ -118,6 +120,8 @@ def test_doctor_tells_versions_and_tasks() -> None:
     facts = json.loads(cli("doctor", "--json").stdout)
     assert facts["packages"]["torch"]
     assert "gsm8k" in facts["tasks"]
+    assert facts["exports"]["hf"] is None
+    assert set(facts["exports"]) == set(EXPORT_FORMATS)
     assert "smollm2-135m" in cli("doctor").stdout
 
 

@@ -335,6 +335,8 @@ def test_a_fit_ends_with_a_checkpoint_within_the_target(
     assert part <= 0.7
     assert found["targets"][0]["part"] == pytest.approx(part)
     assert tokenizer("a bucket")["input_ids"]
+    card = (Path(found["checkpoint"]) / "README.md").read_text()
+    assert "| fit |" in card.partition("## Figures")[2]
     rows = {row["name"]: row for row in read_json(out / "metrics.json")["rows"]}
     assert set(rows) == {"dense+full", "fit"}
     assert found["reference"]["score"] == rows["dense+full"]["score"]

@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"allocate"},
     {"config", "elastic", "state", "search", "leaks", "report", "predictions"},
     {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},
-    {"data", "calibration_text", "structure", "artifacts", "macs", "doctor", "generated"}
+    {"data", "calibration_text", "structure", "artifacts", "macs", "generated"}
     | {"drop_blocks", "tokenizer_file", "trained"},
     {"build_space", "build_structure", "supernet", "shards", "calibrate", "losses", "likelihood", "features"}
     | {"slice_counts", "merged"},
@@ -29,7 +29,8 @@ LAYERS: list[set[str]] = [
     | {"prefix_reuse"},
     {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"},
     {"quantise", "merge_report"},
-    {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"},
+    {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"}
+    | {"doctor"},
     {"threshold", "train_step"},
     {"generate_space", "train", "rank_in_rounds"},
     {"finetune", "learn_scores"},

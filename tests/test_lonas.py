@@ -100,6 +100,12 @@ def test_what_is_saved_is_as_large_as_reported_and_scores_as_reported(
     assert text.startswith(record["text"]) or record["text"].startswith(text)
 
 
+@pytest.mark.parametrize("name", ["largest", "knapsack-60"])
+def test_the_card_of_a_sub_network_tells_its_figures(name: str, run: Path) -> None:
+    text = (run / "subnets" / name / "README.md").read_text()
+    assert f"| {name} |" in text.partition("## Figures")[2]
+
+
 def test_a_sub_network_can_be_written_again_in_another_format(run: Path) -> None:
     cli("extract", run, "--config", "best", "--format", "hf-padded")
     config = read_json(run / "subnets" / "best" / "config.json")

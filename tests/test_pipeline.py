@@ -118,6 +118,13 @@ def test_the_run_directory_has_what_its_contract_names(run: Path) -> None:
     assert {row["status"] for row in stages.values()} == {"done"}
 
 
+@pytest.mark.parametrize("name", ROWS[4:])
+def test_the_card_of_a_sub_adapter_tells_its_figures(name: str, run: Path) -> None:
+    text = (run / "subnets" / name / "README.md").read_text()
+    figures = text.partition("## Figures")[2]
+    assert f"| {name} |" in figures
+
+
 def test_costs_are_those_of_the_saved_weights(run: Path) -> None:
     rows = {row["name"]: row for row in metrics(run)}
     base = load_file(run / "base" / "model.safetensors")

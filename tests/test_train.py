@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -236,6 +238,39 @@ def test_tensorboard_shows_the_losses_of_the_log(tmp_path: Path) -> None:
     written = {event.step: event.value for event in reader.Scalars("train/loss")}
     logged = {row["step"]: row["loss"] for row in rows(tmp_path)}
     assert written == pytest.approx(logged, rel=1e-3)
+
+
+def test_trackio_shows_the_losses_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("trackio")
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_train import fit
+from tiny_models import tiny_model, tiny_net
+fit(tiny_net(tiny_model("llama")), Path(sys.argv[2]), report_to=["trackio"])
+from trackio.sqlite_storage import SQLiteStorage as store
+(project,) = store.get_projects()
+(run,) = store.get_runs(project)
+import json
+rows = [row for row in store.get_logs(project, run) if "train/loss" in row]
+print("LOGGED", json.dumps({row["train/global_step"]: row["train/loss"] for row in rows}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "out")],
+        env=os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = json.loads(done.stdout.partition("LOGGED ")[2].splitlines()[0])
+    logged = {str(row["step"]): row["loss"] for row in rows(tmp_path / "out")}
+    assert shown == pytest.approx(logged, rel=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own

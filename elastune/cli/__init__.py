@@ -36,6 +36,7 @@ for _command in (
     adapters.push,
     stages.evaluate,
     looking.report,
+    looking.runs,
     stages.demo,
     looking.doctor,
 ):

@@ -77,6 +77,7 @@ def checked(work: Run) -> None:
 
 
 def finish(work: Run, as_json: bool) -> None:
+    """Write the report, and show its main table and where it is."""
     from elastune.report import metrics_table, write_report
 
     page = write_report(work.dir.root)

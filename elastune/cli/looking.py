@@ -32,6 +32,30 @@ def report(
             show(f"report: {page}")
 
 
+def runs(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run directories, or folders of them; ./runs by default."),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Systems to show, such as best or sparse.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare runs side by side: state, time, scores, costs, and the settings that differ."""
+    with reported():
+        from elastune.report import differences_table, find_runs, read_run, runs_table
+
+        found = [read_run(folder) for folder in find_runs(folders or [Path("runs")])]
+        if json_:
+            show({"runs": found})
+            return
+        show(runs_table(found, only))
+        differences = differences_table(found)
+        if differences is not None:
+            show(differences)
+
+
 def doctor(json_: Json = False) -> None:
     """Show versions, devices and what is installed."""
     with reported():

@@ -52,19 +52,21 @@ def sparsify(
 def space(
     source: Source, out: Out = None, set_: Set = None, update: Update = False, json_: Json = False
 ) -> None:
-    """Make the search space, and show what it holds."""
+    """Make the search space, and show what it holds and what its ends cost."""
     with reported(), opened(source, out, set_, update) as work:
+        from elastune.budgets import space_ends
         from elastune.prepare import make_base
+        from elastune.report import ends_table, space_table
 
         checked(work)
         make_base(work)
-        found = work.space_of(work.load_sparse())
+        model = work.load_sparse()
+        found = work.space_of(model)
         if json_:
             show(found.to_dict())
             return
-        show(repr(found))
-        for dim in found.dims:
-            show(f"{dim.name}: {', '.join(map(str, dim.choices))}")
+        show(space_table(found))
+        show(ends_table(space_ends(work, model, found), work.recipe.evaluate.macs_length))
 
 
 def train(

@@ -161,8 +161,13 @@ def parse_format(text: str) -> tuple[ExportFormat, str | None]:
     return chosen, weights or next(iter(chosen.weights), None)
 
 
+def missing_packages(chosen: ExportFormat) -> list[str]:
+    """Return the packages that a format needs and that are not installed."""
+    return [p for p in chosen.packages if importlib.util.find_spec(p) is None]
+
+
 def _needed(chosen: ExportFormat) -> ExportFormat:
-    missing = [p for p in chosen.packages if importlib.util.find_spec(p) is None]
+    missing = missing_packages(chosen)
     if missing:
         raise BadRecipe(
             f"format {chosen.name} needs {', '.join(missing)}, which is not installed",
