@@ -246,6 +246,29 @@ def test_last_assistant_turn_of_a_chat_is_the_completion(tmp_path):
         get_task(str(bad), tokenizer=tokenizer).train_examples()
 
 
+def test_prompt_and_completion_of_messages_are_the_same_chat(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    user = {"role": "user", "content": "2 + 2?"}
+    answer = {"role": "assistant", "content": "4"}
+    one = write(tmp_path / "one.jsonl", [{"messages": [user, answer]}])
+    two = write(tmp_path / "two.jsonl", [{"prompt": [user], "completion": [answer]}])
+    found = [get_task(str(p), tokenizer=tokenizer, holdout=0).train_examples() for p in (one, two)]
+    assert found[0] == found[1]
+    bad = write(tmp_path / "bad.jsonl", [{"prompt": [user], "completion": "4"}])
+    with pytest.raises(BadData, match="completion must be a list of {role, content}"):
+        get_task(str(bad), tokenizer=tokenizer).train_examples()
+
+
+def test_running_text_is_sent_to_the_task_that_takes_it(tmp_path):
+    path = write(tmp_path / "text.jsonl", [{"text": "once upon a time"}])
+    with pytest.raises(BadData, match="'text' without 'label'") as refused:
+        get_task(str(path)).train_examples()
+    assert "perplexity:" in str(refused.value.try_)
+    task = get_task(f"perplexity:{path}", train=str(path))
+    assert [example.completion.strip() for example in task.train_examples()] == ["once upon a time"]
+
+
 def test_chat_template_applies_to_any_task_and_bos_is_not_doubled(data_dir):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = CHAT

@@ -21,7 +21,8 @@ class Custom(Task):
     """Rows of a file (``custom:PATH``: jsonl, json, csv, tsv, parquet) or of ``custom:hub:ID``.
 
     A row is one of: ``prompt`` + ``completion`` (and ``answer`` where the gold answer differs);
-    ``messages``, whose last assistant turn is the completion; ``text`` + ``label``.
+    ``messages``, whose last assistant turn is the completion; ``text`` + ``label``. A prompt and
+    completion may be messages, too: with the former, these are the formats of TRL's SFTTrainer.
 
     Args:
         fields: role -> the data's own name of it, e.g. ``{prompt: question}``.
@@ -101,10 +102,13 @@ class Custom(Task):
 
     def _from_row(self, row: Row) -> Example:
         if self.names["messages"] in row.values:
-            return self._from_messages(row)
+            return self._from_turns(row, _messages(row, self.names["messages"]))
         if self.names["text"] in row.values and self.names["prompt"] not in row.values:
             word = self._label_word(row)
             return self.example(row.text(self.names["text"]), word, word)
+        if isinstance(row.values.get(self.names["prompt"]), list):
+            before = _messages(row, self.names["prompt"])
+            return self._from_turns(row, [*before, *_messages(row, self.names["completion"])])
         prompt = row.text(self.names["prompt"])
         completion = row.text(self.names["completion"])
         answer = self.names["answer"]
@@ -112,10 +116,7 @@ class Custom(Task):
             prompt, completion, row.text(answer) if answer in row.values else completion
         )
 
-    def _from_messages(self, row: Row) -> Example:
-        messages = row.get(self.names["messages"])
-        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-            raise BadData(f"{row.place}: messages must be a list of {{role, content}} objects.")
+    def _from_turns(self, row: Row, messages: list[dict[str, str]]) -> Example:
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             raise BadData(
                 f"{row.place}: the last message has role {messages[-1]['role']!r}; it must be an "
@@ -128,6 +129,12 @@ class Custom(Task):
         return Example(prompt, last["content"], str(answer), key)
 
     def _label_word(self, row: Row) -> str:
+        if self.names["label"] not in row.values:
+            raise BadData(
+                f"{row.place}: {self.names['text']!r} without {self.names['label']!r}: running text "
+                "has no answer to judge",
+                try_="task perplexity:TEST_FILE with the option train: TRAINING_FILE",
+            )
         label = row.get(self.names["label"])
         if self.labels is None:
             return row.text(self.names["label"])
@@ -141,6 +148,13 @@ class Custom(Task):
                 f"{row.place}: label {label!r} has no word; labels known: {', '.join(words)}."
             )
         return words[str(label)]
+
+
+def _messages(row: Row, name: str) -> list[dict[str, str]]:
+    messages = row.get(name)
+    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
+        raise BadData(f"{row.place}: {name} must be a list of {{role, content}} objects.")
+    return messages
 
 
 def _is_message(message: Any) -> bool:
