@@ -256,7 +256,7 @@ def test_prompt_and_completion_of_messages_are_the_same_chat(tmp_path):
     found = [get_task(str(p), tokenizer=tokenizer, holdout=0).train_examples() for p in (one, two)]
     assert found[0] == found[1]
     bad = write(tmp_path / "bad.jsonl", [{"prompt": [user], "completion": "4"}])
-    with pytest.raises(BadData, match="completion must be a list of {role, content}"):
+    with pytest.raises(BadData, match=r"completion must be a list of \{role, content\}"):
         get_task(str(bad), tokenizer=tokenizer).train_examples()
 
 

@@ -131,8 +131,8 @@ class Custom(Task):
     def _label_word(self, row: Row) -> str:
         if self.names["label"] not in row.values:
             raise BadData(
-                f"{row.place}: {self.names['text']!r} without {self.names['label']!r}: running text "
-                "has no answer to judge",
+                f"{row.place}: {self.names['text']!r} without {self.names['label']!r}: "
+                "running text has no answer to judge",
                 try_="task perplexity:TEST_FILE with the option train: TRAINING_FILE",
             )
         label = row.get(self.names["label"])
