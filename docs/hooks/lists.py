@@ -1,4 +1,4 @@
-"""Lists of the site are indented as on GitHub: by two or three spaces, where Markdown wants four."""
+"""Lists on the site may be indented as on GitHub: by two spaces, where Markdown wants four."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markdown.extensions import Extension
 class ShortIndent(Extension):
     """Takes two spaces for one level of a list."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         """Set the width of a level."""
         md.tab_length = 2
 
