@@ -60,6 +60,7 @@ class RunDirectory:
         self.subnets = root / "subnets"
         self.predictions = root / "predictions"
         self.metrics_file = root / "metrics.json"
+        self.exports = root / "exports.json"
         self.report = root / "report.html"
         self._pending_recipe: Recipe | None = None
         self._sources: dict[str, str] | None = None

@@ -20,7 +20,7 @@ from elastune.export.card_facts import CardFacts, run_facts
 from elastune.export.registry import Anything, export_model, parse_format
 from elastune.export.result import Export
 from elastune.extract import extract
-from elastune.files import read_json
+from elastune.files import read_json, write_json
 from elastune.progress import Reporter
 from elastune.run import Run
 from elastune.space import SearchSpace, SubnetConfig
@@ -108,7 +108,9 @@ def export_run(
     net = run.load_supernet()
     made = _Made(run, net, wanted, facts)
     run.reporter.say(f"exporting {name}")
-    return _each(places, made.order, run.reporter)
+    written, failed = _each(places, made.order, run.reporter)
+    _keep_account(run, name, written)
+    return written, failed
 
 
 def named(run: Run, text: str | None) -> tuple[str, SubnetConfig]:
@@ -198,6 +200,22 @@ def _replaceable(place: Path) -> bool:
     if not place.is_dir():
         return False
     return not any(place.iterdir()) or any((place / mark).is_file() for mark in _MARKS)
+
+
+def _keep_account(run: Run, name: str, written: Sequence[Export]) -> None:
+    """Write down what was exported where, for the report; a folder written again has one row."""
+    path, rows = run.dir.exports, {}
+    if path.exists():
+        rows = {row["folder"]: row for row in read_json(path)["exports"]}
+    for one in written:
+        folder = one.folder.absolute()
+        inside = folder.is_relative_to(run.dir.root.absolute())
+        place = str(folder.relative_to(run.dir.root.absolute()) if inside else folder)
+        kept = ("format", "weights", "runtime", "loads_with", "n_bytes", "seconds", "code")
+        row = {field: getattr(one, field) for field in (*kept, "largest_difference")}
+        rows[place] = {"folder": place, "label": one.label, "subnet": name, **row}
+    if written:
+        write_json(path, {"schema": 1, "exports": list(rows.values())})
 
 
 def _each(places: Mapping[str, Path], order: Any, reporter: Reporter) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from elastune.artifacts import RunDirectory
 from elastune.errors import ElastuneError
 from elastune.export import EXPORT_FORMATS, check_export, export_model
 from elastune.progress import Reporter
+from elastune.report import write_report
 from elastune.run import Run
 from elastune.subnetwork import extract_model
 
@@ -108,6 +110,21 @@ def test_each_format_has_its_folder_in_the_run_and_a_card_with_what_the_run_did(
         assert card.splitlines().count(f"# {folder}") == 1
         assert "- **method**: lonas" in card
         assert "licence of the base" in card
+
+
+def test_the_report_lists_the_exports_and_forgets_those_that_are_gone(
+    cuts: Path, exported: dict[str, Any], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(cuts, tmp_path / "run"))
+    page = write_report(run).read_text()
+    section = page.partition("<h2>Exports</h2>")[2].partition("</section>")[0]
+    for row in exported.values():
+        folder = Path(row["folder"])
+        assert f"<code>{folder.relative_to(cuts)}</code>" in section
+        assert f"{row['largest_difference']:.1e}" in section
+        assert row["loads_with"] in html.unescape(section)
+        shutil.rmtree(run / folder.relative_to(cuts))
+    assert "<h2>Exports</h2>" not in write_report(run).read_text()
 
 
 def test_what_is_exported_is_the_subnetwork_with_its_adapter(

@@ -75,8 +75,11 @@ def export(
                 )
             with opened(source, None, None, False) as work:
                 from elastune.export_run import export_run
+                from elastune.report import write_report
 
                 made, failed = export_run(work, formats, out, config=config)
+                if work.dir.report.exists():
+                    write_report(work.dir.root)
         else:
             if config is not None:
                 raise BadRecipe(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
-from elastune.report import overview, search_section, sections
+from elastune.report import exports, overview, search_section, sections
 from elastune.report.load import RunData, load_run
 from elastune.report.predictions import predictions
 from elastune.report.results import System, systems, with_average
@@ -54,6 +54,7 @@ def render(run: RunData) -> str:
             sections.sparsity(run),
             predictions(run),
             sections.loading(run),
+            exports.exports(run),
             sections.provenance(run),
             sections.missing(run),
         )

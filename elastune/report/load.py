@@ -48,6 +48,9 @@ METRIC_FIELDS: dict[str, Any] = {
 TENSOR_FIELDS: dict[str, Any] = {"shape": list, "zeros": int, "sparsity": Number}
 DIM_FIELDS: dict[str, Any] = {"name": str, "kind": str, "choices": list, "modules": list}
 GENERATED_FIELDS: dict[str, Any] = {"points": list, "removed_blocks": list, "made_from": dict}
+EXPORT_FIELDS: dict[str, Any] = dict.fromkeys(("folder", "label", "subnet", "loads_with"), str) | {
+    "n_bytes": int
+}
 POINT_FIELDS: dict[str, Any] = {"target": Number, "cost": Number, "config": dict}
 TRIAL_FIELDS: dict[str, Any] = {"number": int, "config": dict, "values": dict}
 TRIAL_OPTIONS: dict[str, Any] = {"measured": dict, "dropped": bool, "equivalents": Number}
@@ -103,6 +106,7 @@ class RunData:
     search: dict[str, Any] | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     predictions: dict[tuple[str, str], list[dict[str, Any]]] = field(default_factory=dict)
+    exports: list[dict[str, Any]] = field(default_factory=list)
     subnets: dict[str, str] = field(default_factory=dict)  # name -> peft, model or own-code
     architecture: str | None = None  # of base/: a class name such as LlamaForCausalLM
     missing: tuple[str, ...] = ()
@@ -149,6 +153,7 @@ def load_run(run_dir: Path) -> RunData:
         search=parts["search/trials.json"],
         curves={name: curve for name, curve in curves.items() if curve is not None},
         predictions=predictions,
+        exports=_read_exports(run_dir / "exports.json"),
         subnets=subnets,
         architecture=_architecture(run_dir / "base" / "config.json"),
         missing=(
@@ -270,6 +275,16 @@ def _read_generated(path: Path) -> dict[str, Any] | None:
             check_fields(point, POINT_FIELDS, f"{path}, point {number}")
             _check_sizes(point["config"], f"{path}, point {number}, config")
     return made
+
+
+def _read_exports(path: Path) -> list[dict[str, Any]]:
+    found = read_json(path)
+    if found is not None:
+        check_fields(found, {"exports": list}, str(path))
+    rows = [] if found is None else found["exports"]
+    for number, row in enumerate(rows):
+        check_fields(row, EXPORT_FIELDS, f"{path}, export {number}")
+    return list(rows)
 
 
 def _check_sizes(sizes: Mapping[Any, Any], where: str) -> None:
