@@ -157,11 +157,20 @@ def _a_run(names: Names) -> None:
     cli("run", save_recipe(Path("tiny.yaml"), recipe), "--out", "runs/shears")
 
 
-def _a_saved_model(names: Names) -> None:
-    """Leave a smaller model in the folder small."""
+def _saved_model(names: Names, folder: str) -> None:
+    """Leave a smaller model whose blocks differ in a folder."""
     _net(names)
-    sub = et.extract_model(names["net"], names["space"].heuristic())
-    et.save_subnetwork(sub, names["tokenizer"], "small")
+    config = {**names["space"].largest(), "layers.1.ffn": 128}
+    sub = et.extract_model(names["net"], et.SubnetConfig(config))
+    et.save_subnetwork(sub, names["tokenizer"], folder)
+
+
+def _saved_classifier(names: Names, folder: str) -> None:
+    """Leave a smaller classifier whose blocks differ in a folder."""
+    model = tiny_model("bert", auto=_classes(), num_labels=2)
+    space = et.structure_space(model, ffn={"layers.1.ffn": [1.0, 0.5]}, round_to=8)
+    net = et.SuperNetwork(model, space)
+    et.save_subnetwork(et.extract_model(net, space.smallest()), tiny_tokenizer(), folder)
 
 
 def _an_onnx_export(names: Names) -> None:
@@ -196,10 +205,25 @@ NAMES: dict[str, Callable[[Names], None]] = {
     "classifier": _classifier,
     "words": _words,
     "a run": _a_run,
-    "a saved model": _a_saved_model,
     "an onnx export": _an_onnx_export,
     "config": _config,
     "storage": _storage,
     "families": _families,
 }
 """What a comment may ask for -> what adds it, in the folder that the snippets of a page run in."""
+
+FOLDERS: dict[str, Callable[[Names, str], None]] = {
+    "a model": _saved_model,
+    "a classifier": _saved_classifier,
+}
+"""What a comment may ask for ``in`` a folder -> what writes it."""
+
+
+def add_needs(needs: str, names: Names) -> None:
+    """Add what a comment asks for, such as ``net, rows`` or ``a model in runs/mine``."""
+    for need in filter(None, map(str.strip, needs.split(","))):
+        what, among, folder = need.partition(" in ")
+        if among:
+            FOLDERS[what](names, folder)
+        else:
+            NAMES[need](names)

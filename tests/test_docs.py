@@ -7,17 +7,22 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
 from docs_blocks import PAGES, REPO, Block, all_blocks, blocks
 from docs_commands import check_command, command_lines
-from docs_names import NAMES, small_llama
+from docs_names import add_needs, small_llama
 
 import elastune as et
 from elastune.config import make_recipe
+from elastune.export import EXPORT_FORMATS
+from elastune.search import ALGORITHMS
+from elastune.sparsify import METHODS
 
 #: Blocks of a language that stand for no code at all.
 PLAIN = ("text",)
@@ -30,7 +35,7 @@ PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" for b in bl
 
 
 @pytest.fixture
-def page_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def page_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for what a page writes; built-in models are small random ones there."""
 
     def load_model(name: str, **_: Any) -> Any:
@@ -39,7 +44,9 @@ def page_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(et, "load_model", load_model)
-    return tmp_path
+    # What a page registers goes again: other tests run over the same tables.
+    with patch.dict(ALGORITHMS), patch.dict(EXPORT_FORMATS), patch.dict(METHODS):
+        yield tmp_path
 
 
 def test_the_site_builds_and_no_link_on_it_is_broken(tmp_path: Path) -> None:
@@ -63,6 +70,18 @@ def test_the_api_page_has_every_promised_name() -> None:
     assert sorted(shown) == sorted(set(et.__all__) - {"__version__"})
 
 
+def test_every_recipe_is_on_the_page_of_recipes() -> None:
+    page = (REPO / "docs/recipes.md").read_text(encoding="utf-8")
+    recipes = sorted(path.name for path in (REPO / "recipes").glob("*.yaml"))
+    assert [name for name in recipes if f"`recipes/{name}`" not in page] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (REPO / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert [page for page in pages if f": {page}\n" not in text] == []
+
+
 def test_every_block_is_of_a_kind_that_is_checked_or_says_why_not() -> None:
     kinds = {"python", "bash", "sh", "yaml", "json", *PLAIN}
     assert [str(block) for block in all_blocks() if block.language not in kinds] == []
@@ -77,9 +96,7 @@ def test_python_of_the_page_runs(page: str, page_folder: Path) -> None:
     names: dict[str, Any] = {"et": et}
     for block in blocks(page):
         if block.language == "python" and block.reason is None:
-            for need in (block.said("needs") or "").split(","):
-                if need.strip():
-                    NAMES[need.strip()](names)
+            add_needs(block.said("needs") or "", names)
             _run(block, names)
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from markdown import Markdown
+from markdown.blockprocessors import ListIndentProcessor, OListProcessor, UListProcessor
 from markdown.extensions import Extension
 
 
 class ShortIndent(Extension):
-    """Takes two spaces for one level of a list."""
+    """Takes two or three spaces for one level of a list."""
 
     def extendMarkdown(self, md: Markdown) -> None:
-        """Set the width of a level."""
-        md.tab_length = 2
+        """Make the parts that read lists anew; they look at the width when they are made."""
+        usual, md.tab_length = md.tab_length, 2
+        known = md.parser.blockprocessors
+        known.register(ListIndentProcessor(md.parser), "indent", 90)
+        known.register(OListProcessor(md.parser), "olist", 40)
+        known.register(UListProcessor(md.parser), "ulist", 30)
+        md.tab_length = usual  # code is still indented by four
 
 
 def on_config(config: Any) -> Any:
