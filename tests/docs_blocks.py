@@ -1,4 +1,4 @@
-"""The fenced blocks of README.md and docs/, and what the comments above them say about them.
+"""The fenced blocks of the documentation, and what the comments above them say about them.
 
 A comment above a block, invisible on the page, tells the tests what to make of it:
 
@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", *sorted(str(p.relative_to(REPO)) for p in REPO.glob("docs/**/*.md")))
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(str(p.relative_to(REPO)) for p in REPO.glob("docs/**/*.md")),
+)
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\s*$")
 _COMMENT = re.compile(r"^ *<!-- snippet: (?P<text>.*?) -->$")
@@ -86,6 +90,13 @@ def _inside(lines: Iterator[tuple[int, str]], indent: int, place: str) -> str:
             return "\n".join(kept) + "\n"
         kept.append(line[indent:])
     raise ValueError(f"{place}: the fence is not closed")
+
+
+def spans(page: str) -> list[str]:
+    """Return what stands between single backticks, outside of blocks."""
+    text = (REPO / page).read_text(encoding="utf-8")
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
 
 
 def all_blocks(*languages: str) -> list[Block]:

@@ -70,6 +70,17 @@ def check_elastune(words: list[str]) -> None:
             load_recipe(REPO / source, context.params.get("set_") or [])
 
 
+def check_mention(text: str) -> None:
+    """Check the command and the options of a line that leaves things out, as prose does."""
+    words = [word.strip("[]") for word in text.split()[1:]]
+    group = typer.main.get_command(app)
+    command = group.commands.get(words[0])  # type: ignore[attr-defined]
+    assert command is not None, f"there is no command {words[0]!r}"
+    known = {option for parameter in command.params for option in parameter.opts}
+    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+        assert option in known, f"elastune {words[0]} has no option {option}"
+
+
 def check_make(words: list[str]) -> None:
     """Find the target in the Makefile."""
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import pytest
 import yaml
-from docs_blocks import PAGES, REPO, Block, all_blocks, blocks
-from docs_commands import check_command, command_lines
+from docs_blocks import PAGES, REPO, Block, all_blocks, blocks, spans
+from docs_commands import check_command, check_mention, command_lines
 from docs_names import add_needs, small_llama
 
 import elastune as et
@@ -31,6 +31,7 @@ NOT_RUN = {"docs/exports.md": 2, "docs/search.md": 1}
 
 SHELL = all_blocks("bash", "sh")
 YAML = all_blocks("yaml")
+RECIPES = sorted((REPO / "recipes").glob("*.yaml"))
 PYTHON_PAGES = [page for page in PAGES if any(b.language == "python" for b in blocks(page))]
 
 
@@ -72,8 +73,7 @@ def test_the_api_page_has_every_promised_name() -> None:
 
 def test_every_recipe_is_on_the_page_of_recipes() -> None:
     page = (REPO / "docs/recipes.md").read_text(encoding="utf-8")
-    recipes = sorted(path.name for path in (REPO / "recipes").glob("*.yaml"))
-    assert [name for name in recipes if f"`recipes/{name}`" not in page] == []
+    assert [path.name for path in RECIPES if f"`recipes/{path.name}`" not in page] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -111,6 +111,25 @@ def test_commands_are_those_of_the_command_line(block: Block) -> None:
     if block.reason is not None:
         return  # counted above
     for words in command_lines(block.text):
+        check_command(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_in_running_text_have_these_options(page: str) -> None:
+    for text in spans(page):
+        if text.startswith("elastune ") and text.split()[1].isalpha():
+            check_mention(text)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_commands_in_the_head_of_a_recipe_are_valid(recipe: Path) -> None:
+    head = [
+        line.removeprefix("#")
+        for line in recipe.read_text(encoding="utf-8").splitlines()
+        if line.startswith(("#   elastune", "#     --"))
+    ]
+    assert head, "it does not say how it is run"
+    for words in command_lines("\n".join(head)):
         check_command(words)
 
 
