@@ -55,7 +55,8 @@ def main() -> None:
         figures[f"{name}_first_us"] = float(np.mean(times_us[:FIRST]))
         print(
             f"{name}, {len(net.space.dims)} dims: {figures[f'{name}_us']:.0f} us a configuration, "
-            f"{figures[f'{name}_first_us']:.0f} at first; made in {figures[f'{name}_build_s']:.2f} s"
+            f"{figures[f'{name}_first_us']:.0f} at first; "
+            f"made in {figures[f'{name}_build_s']:.2f} s"
         )
     print(json.dumps({"benchmark": "config_cost", "figures": figures}))
 

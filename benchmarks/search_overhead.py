@@ -34,10 +34,7 @@ VALUES = ("loss", "params")
 
 def main() -> None:
     args = _arguments()
-    dims = [
-        ElasticDim(f"layers.{i}.ranks", "rank", (32, 24, 16), (f"m{i}",)) for i in range(args.dims)
-    ]
-    space = SearchSpace(dims)
+    space = rank_space(args.dims)
     shown = Table(title=f"{args.dims} dims of 3 choices, {args.trials} trials: ms a trial")
     for column in ("storage", "algorithm", "mean", "last tenth", "reading all"):
         shown.add_column(column, justify="right")
@@ -47,7 +44,7 @@ def main() -> None:
             if storage == "":
                 continue
             for algorithm in args.algorithms:
-                mean, end, again = _overhead(space, storage, algorithm, args.trials)
+                mean, end, again = overhead(space, storage, algorithm, args.trials)
                 shown.add_row(kind, algorithm, f"{mean:.1f}", f"{end:.1f}", f"{again:.2f}")
                 figures[f"{kind}_{algorithm}_ms"] = mean
                 if kind == "journal":
@@ -55,6 +52,13 @@ def main() -> None:
                     figures["ms_at_the_end"] = max(end, figures.get("ms_at_the_end", 0.0))
     Console().print(shown)
     print(json.dumps({"benchmark": "search_overhead", "figures": figures}))
+
+
+def rank_space(n_dims: int) -> SearchSpace:
+    """Return a space of ranks, of no model."""
+    return SearchSpace(
+        [ElasticDim(f"layers.{i}.ranks", "rank", (32, 24, 16), (f"m{i}",)) for i in range(n_dims)]
+    )
 
 
 def _arguments() -> argparse.Namespace:
@@ -91,7 +95,7 @@ def _storage(kind: str) -> Iterator[Path | str | None]:
         yield options[kind]
 
 
-def _overhead(
+def overhead(
     space: SearchSpace, storage: Path | str | None, algorithm: str, trials: int
 ) -> tuple[float, float, float]:
     """Return milliseconds a trial: of all, of the last tenth, and of reading all back."""

@@ -46,7 +46,9 @@ def main() -> None:
     for number in range((5 if args.quick else args.repeats) + 1):
         seconds, torch_then = _python(_IMPORT).stdout.split()
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "elastune", "--help"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "elastune", "--help"], check=True, capture_output=True
+        )
         took = time.perf_counter() - started
         torch_imported |= torch_then == "1"
         if number:  # the first reads files that later ones find in memory

@@ -21,7 +21,16 @@ LAYERS: list[set[str]] = [
     {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},
     {"data", "calibration_text", "structure", "artifacts", "macs", "generated"}
     | {"drop_blocks", "tokenizer_file", "trained"},
-    {"build_space", "build_structure", "supernet", "shards", "calibrate", "losses", "likelihood", "features"}
+    {
+        "build_space",
+        "build_structure",
+        "supernet",
+        "shards",
+        "calibrate",
+        "losses",
+        "likelihood",
+        "features",
+    }
     | {"slice_counts", "merged"},
     {"block_choices"},
     {"cost", "extract", "memory", "choices", "heads", "reorder"},
@@ -29,8 +38,7 @@ LAYERS: list[set[str]] = [
     | {"prefix_reuse"},
     {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"},
     {"quantise", "merge_report"},
-    {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"}
-    | {"doctor"},
+    {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"} | {"doctor"},
     {"threshold", "train_step"},
     {"generate_space", "train", "rank_in_rounds"},
     {"finetune", "learn_scores"},
