@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_report import make_run
 from test_report_search import LAYERS, ODD, make_searched, make_trials, naive_front
 
 from elastune.report import write_report
@@ -118,6 +119,12 @@ class Page:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(make_searched(tmp_path_factory.mktemp("browser") / "run"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with seven systems, four of them at about the same place."""
+    return write_report(make_run(tmp_path_factory.mktemp("whole") / "run"))
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +289,48 @@ def luminance(colour: str) -> float:
     parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_lines_that_load_the_result_are_copied_by_a_button(browser: Page, report: Path) -> None:
+    browser.open(report)
+    code = "document.querySelector('pre.copy > code')"
+    assert "from_pretrained" in browser.js(f"{code}.textContent")
+    # A page opened from the disk may not write to the clipboard everywhere: then it is selected.
+    browser.js(f"{code}.parentElement.nextElementSibling.click()")
+    for _ in range(100):
+        told = browser.js(f"{code}.parentElement.nextElementSibling.textContent")
+        if told != "Copy":
+            break
+        time.sleep(0.02)
+    assert told in ("Copied", "Selected")
+    if told == "Selected":
+        assert browser.js("String(getSelection())").strip() == browser.js(
+            f"{code}.innerText.trim()"
+        )
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_of_a_drawing_stay_on_the_page_and_off_each_other(
+    browser: Page, whole: Path, width: int
+) -> None:
+    browser.open(whole, width=width)
+    boxes = browser.js(
+        "[...document.querySelectorAll('figure svg')].map(s => [...s.querySelectorAll('text.halo')]"
+        ".map(t => t.getBoundingClientRect()).filter(b => b.width)"
+        ".map(b => [b.left, b.top + 2, b.right, b.bottom - 2]))"
+    )
+    assert sum(map(len, boxes)) >= 7
+    for drawing in boxes:
+        for place, (left, top, right, bottom) in enumerate(drawing):
+            assert 0 <= left < right <= width
+            for l2, t2, r2, b2 in drawing[:place]:
+                assert right <= l2 or r2 <= left or bottom <= t2 or b2 <= top
+
+
+def test_many_systems_on_one_task_are_compared_down_the_page(browser: Page, whole: Path) -> None:
+    browser.open(whole, width=390)
+    tables = browser.js(
+        "[...document.querySelectorAll('table.verdicts')]"
+        ".map(t => [t.tHead.rows[0].cells.length, t.tBodies[0].rows.length])"
+    )
+    assert tables == [[2, 3]]  # one task across, three sub-networks down

@@ -50,7 +50,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
 def _codes(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(
         f"<details><summary>Load {escape(str(row['label']))}</summary>"
-        f"<pre><code>{escape(str(row['code']))}</code></pre></details>"
+        f'<pre class="copy"><code>{escape(str(row["code"]))}</code></pre></details>'
         for row in rows
         if row.get("code")
     )

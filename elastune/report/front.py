@@ -129,19 +129,22 @@ def _view(
     numbers = {id(point): number for number, point in enumerate(points)}
     corners = [(p.costs[cost] / divisor, p.quality) for p in front if p.quality is not None]
     under = frame.markup() + _limit(found, cost, divisor, frame)
-    under += staircase(corners, frame) if len(corners) > 1 else ""
+    corners = corners if len(corners) > 1 else []
+    under += staircase(corners, frame)
     marked = [
         Mark(value / divisor, _inside(point.quality, frame), "", "", point.label)
         for point, value in zip(points, values, strict=True)
         if value is not None and point.quality is not None and (point.label or point in front)
     ]
+    # A sub-network that was drawn at random and tried, too, has two points in one place.
+    marked = list({(m.x, m.y, m.label): m for m in marked}.values())
     return _View(
         cost,
         frame,
         tuple(None if value is None else frame.x(value / divisor) for value in values),
         tuple(numbers[id(point)] for point in front if id(point) in numbers),
         under,
-        "".join(labels(marked, frame)),
+        "".join(labels(marked, frame, corners)),
     )
 
 

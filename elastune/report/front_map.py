@@ -46,8 +46,9 @@ def front_maps(found: Searched) -> list[Figure | None]:
 
 
 def _role(dim: Dim) -> str:
-    """Name what a dim cuts in its block: the kind, or for adapters the part of the block."""
-    return dim.name.rpartition(".")[2] if dim.kind == "rank" else kind_title(dim.kind)
+    """Name what a dim cuts in its block: the kind, and for adapters the part of the block."""
+    kind = kind_title(dim.kind)
+    return f"{kind} of {dim.name.rpartition('.')[2]}" if dim.kind == "rank" else kind
 
 
 def _map(

@@ -197,20 +197,32 @@ def _verdicts(run: RunData, rows: Sequence[System]) -> str:
 
 
 def _verdict_table(found: Sequence[Verdict]) -> str:
-    """Write what became of the systems compared with one reference, a line for each task."""
+    """Write what became of the systems compared with one reference: tasks down, or systems down.
+
+    Whichever there are more of stands down the page, so that the table is as narrow as can be.
+    """
     names = list(dict.fromkeys(verdict.name for verdict in found))
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    columns = list(dict.fromkeys(verdict.column for verdict in found))
     cells = {(verdict.column, verdict.name): _verdict(verdict) for verdict in found}
-    body = "".join(
-        f'<tr><th scope="row">{_comparison(column)}</th>'
-        + "".join(cells.get((column, name), "<td></td>") for name in names)
-        + "</tr>"
-        for column in dict.fromkeys(verdict.column for verdict in found)
-    )
+    tall = len(names) > len(columns)
+    if tall:
+        across = [_comparison(column) for column in columns]
+        down = [
+            (escape(name), [cells.get((column, name), "<td></td>") for column in columns])
+            for name in names
+        ]
+    else:
+        across = [escape(name) for name in names]
+        down = [
+            (_comparison(column), [cells.get((column, name), "<td></td>") for name in names])
+            for column in columns
+        ]
+    head = "".join(f'<th scope="col">{title}</th>' for title in across)
+    body = "".join(f'<tr><th scope="row">{title}</th>{"".join(line)}</tr>' for title, line in down)
     return (
         f"<h3>Different from {escape(found[0].reference)} beyond noise?</h3>"
-        f'<div class="scroll"><table class="verdicts"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'<div class="scroll"><table class="verdicts{" tall" * tall}">'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

@@ -20,7 +20,13 @@ from elastune.report.trials import (
 
 _HEIGHT, _TOP, _BOTTOM, _SIDE = 330.0, 62.0, 290.0, 40.0
 _MOST = 8  # axes that are still told apart on a phone
-_PARTS = ("first", "middle", "last")
+_SHORT = {
+    "block_macs": "block MACs",
+    "decode_macs": "decode MACs",
+    "decode_latency_ms": "decode latency",
+    "memory_bytes": "memory",
+}
+"""Titles of costs whose usual ones are too long for an axis, or not to be told apart."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ def parallel_figure(found: Searched) -> Figure | None:
     if found.best in front:
         legend.append(("strand", "strand chosen", "chosen"))
     note = "Every axis from the lowest value on the front to the highest. Per cent: of the largest."
+    if any(len(axis.title) > 1 for axis, _ in drawn):
+        note += " A span such as 0-9 is of layers."
     svg = drawing(_HEIGHT, "the front as parallel coordinates", *parts)
     return Figure("The front: what is kept, cost and quality", svg, note, tuple(legend))
 
@@ -112,7 +120,7 @@ def _axes(found: Searched) -> list[_Axis]:
         else:
             axes.append(_Axis((kind_title(kind),), _share(found, kind, None), _percent))
     for cost in found.costs[: max(1, _MOST - 1 - len(axes))]:
-        title = COST_TITLES[cost].removesuffix(" (ms)").replace(" of the blocks", "")
+        title = _SHORT.get(cost, COST_TITLES[cost].removesuffix(" (ms)"))
         axes.append(_Axis((title,), *_cost(found, cost)))
     axes.append(_Axis((found.quality,), lambda point: point.quality, lambda v: f"{v:.3g}"))
     return axes

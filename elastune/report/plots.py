@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from elastune.report.svg import (
     CHARACTER_WIDTH,
@@ -112,36 +113,70 @@ def scatter_chart(
             parts.append(tag("line", class_=f"error {mark.style}", x1=x, x2=x, **ends))
         radius = next((r for style, r in RADII.items() if style in mark.style), 4.5)
         parts.append(tag("circle", tip(mark.tip), class_=mark.style, cx=x, cy=y, r=radius))
-    parts += labels(marks, frame)
+    parts += labels(_one_label_a_place(marks), frame, front)
     return drawing(frame.height, title, *parts)
+
+
+def _one_label_a_place(marks: Sequence[Mark]) -> list[Mark]:
+    """Give marks that lie on one another a label together, of two of theirs at most."""
+    names: dict[tuple[float, float], list[str]] = {}
+    for mark in marks:
+        names.setdefault((mark.x, mark.y), []).append(mark.label)
+    joined = []
+    for mark in marks:
+        mine = names.pop((mark.x, mark.y), [])
+        more = ", …" if len(mine) > 2 else ""
+        joined.append(replace(mark, label=", ".join(mine[:2]) + more))
+    return joined
 
 
 def staircase(front: Sequence[tuple[float, float]], frame: Frame) -> str:
     """Draw a Pareto front, given from left to right; nothing where it has no points."""
+    corners = _corners(front, frame)
+    return tag("polyline", class_="line front", points=path(corners)) if corners else ""
+
+
+def _corners(front: Sequence[tuple[float, float]], frame: Frame) -> list[tuple[float, float]]:
     corners: list[tuple[float, float]] = []
     for x, y in front:
         if corners:
             corners.append((frame.x(x), corners[-1][1]))
         corners.append((frame.x(x), frame.y(y)))
-    return tag("polyline", class_="line front", points=path(corners)) if corners else ""
+    return corners
 
 
-def labels(marks: Sequence[Mark], frame: Frame) -> list[str]:
-    """Place each label at the first spot near its point that covers no other label or point."""
+def labels(
+    marks: Sequence[Mark], frame: Frame, front: Sequence[tuple[float, float]] = ()
+) -> list[str]:
+    """Place each label at the first spot near its point that covers no other label or point.
+
+    Nor does it stand on the staircase of ``front``, nor on an error bar where it need not go far.
+    """
     dots = [(frame.x(mark.x), frame.y(mark.y)) for mark in marks]
+    bars = [
+        (frame.x(m.x) - 1, frame.y(m.y + m.error), frame.x(m.x) + 1, frame.y(m.y - m.error))
+        for m in marks
+        if m.error
+    ]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots]
+    taken += [
+        (min(x0, x1) - 1, min(y0, y1) - 1, max(x0, x1) + 1, max(y0, y1) + 1)
+        for (x0, y0), (x1, y1) in pairwise(_corners(front, frame))
+    ]
     parts = []
     # From left to right, so that leaders of neighbours fan out instead of crossing.
     for mark, (x, y) in sorted(zip(marks, dots, strict=True), key=lambda pair: pair[1]):
         if not mark.label:
             continue
-        width = CHARACTER_WIDTH * len(mark.label)
+        width = 1.1 * CHARACTER_WIDTH * len(mark.label)  # phones enlarge the text
         boxes = [
-            (left, middle - 8, left + width, middle + 8)
+            (left, middle - 9, left + width, middle + 9)
             for left, middle in _spots(x, y, width)
             if frame.x.start <= left and left + width <= WIDTH and 24 < middle < frame.y.start
-        ] or [(x + 9, y - 8, x + 9 + width, y + 8)]
-        box = next((b for b in boxes if not any(_overlap(b, t) for t in taken)), boxes[0])
+        ] or [(x + 9, y - 9, x + 9 + width, y + 9)]
+        free = [b for b in boxes if not any(_overlap(b, t) for t in taken)] or boxes[:1]
+        near = [b for b in free if abs((b[1] + b[3]) / 2 - y) <= 18]
+        box = next((b for b in near if not any(_overlap(b, bar) for bar in bars)), free[0])
         taken.append(box)
         middle = (box[1] + box[3]) / 2
         if abs(middle - y) > 18:

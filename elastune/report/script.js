@@ -1,3 +1,16 @@
+// A button that copies a piece of code; where the browser forbids that, it is selected instead.
+const copyButton = (code) => {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    try { await navigator.clipboard.writeText(code.textContent); button.textContent = "Copied"; }
+    catch { getSelection().selectAllChildren(code); button.textContent = "Selected"; }
+  });
+  return button;
+};
+for (const code of document.querySelectorAll("pre.copy > code")) code.parentElement.after(copyButton(code));
+
 // Tooltips that answer at once and on touch; without this script the plain SVG titles remain.
 (() => {
   const tip = document.createElement("div");

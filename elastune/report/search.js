@@ -51,16 +51,10 @@
     return `${data.extract} '${json.replaceAll("'", "'\\''")}' --name ${found.key.replace(" ", "-")}`;
   };
   const copied = (text, style) => {
-    const button = make("button", "Copy");
-    button.type = "button";
     const code = make("code", text);
-    button.addEventListener("click", async () => {
-      try { await navigator.clipboard.writeText(text); button.textContent = "Copied"; }
-      catch { getSelection().selectAllChildren(code); button.textContent = "Selected"; }
-    });
     const block = make("pre", "", code);
     block.className = style;
-    return [block, button];
+    return [block, copyButton(code)];
   };
   const costTable = (found) => {
     const rows = [[`validation ${data.quality}`, number(found.quality), ""]];

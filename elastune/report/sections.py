@@ -29,8 +29,12 @@ def loading(run: RunData) -> str:
         return ""
     name = "best" if "best" in run.subnets else next(iter(run.subnets))
     others = [other for other in run.subnets if other != name]
-    note = f"Also extracted: {', '.join(others)}." if others else ""
-    markup = f"<pre><code>{escape(load_code(run, name))}</code></pre>"
+    note = ""
+    if run.subnets[name] == "own-code":
+        note = "After import elastune it loads without trust_remote_code. "
+    if others:
+        note += f"Also extracted: {', '.join(others)}."
+    markup = f'<pre class="copy"><code>{escape(load_code(run, name))}</code></pre>'
     return section(
         "Load the result", markup + (f'<p class="note">{escape(note)}</p>' if note else "")
     )

@@ -165,7 +165,8 @@ def from_search(
     ]
     if all(point.quality is None for point in points):
         return None
-    found = {key for point in points for key in point.costs}
+    # What costs nothing for all, such as a decoded token of an encoder, is none of their costs.
+    found = {key for point in points for key, value in point.costs.items() if value}
     order = sorted(found, key=lambda key: (key != cost, COSTS.index(key)))
     return Searched(
         quality=quality,
