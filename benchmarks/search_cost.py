@@ -12,7 +12,7 @@ adapters: both in turns, so that the ratio holds when the machine's speed drifts
   all that it tried; in nats.
 
     python benchmarks/search_cost.py [--quick] [--trials 200] [--examples 64] [--train-steps 32]
-        [--algorithm hill_climb]
+        [--algorithm hill_climb] [--shortest]
 """
 
 from __future__ import annotations
@@ -109,10 +109,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train-steps", type=int, default=32)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shortest", action="store_true", help="the shortest of the examples")
     parser.add_argument("--quick", action="store_true", help="12 trials, 32 short examples")
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.examples, args.train_steps = 12, 32, 0
+        args.trials, args.examples, args.train_steps, args.shortest = 12, 32, 0, True
     return args
 
 
@@ -124,7 +125,7 @@ def _prepared(args: argparse.Namespace, console: Console) -> tuple[SuperNetwork,
     everything = task.train_examples()
     order = rng.permutation(len(everything))
     examples = [everything[i] for i in order[:_APART]]
-    if args.quick:
+    if args.shortest:
         examples.sort(key=lambda example: len(example.prompt + example.completion))
     examples = examples[: args.examples]
     net = SuperNetwork(model, lora_space(model, (32, 24, 16), targets=TARGETS), seed=args.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from elastune.models.blocks import PARTS, Block
@@ -59,6 +60,11 @@ class EffectiveChoices:
             for dims in self._blocks
         )
         return Effective(tuple(config[name] for name in self._outside), blocks)
+
+
+def blocks_of(dim: ElasticDim, found: Sequence[Block]) -> list[Block]:
+    """Return the blocks that hold a dim's modules."""
+    return [block for block in found if _modules_in(dim, block)]
 
 
 def _holder(module: str, found: list[Block]) -> Block | None:

@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "build_structure",
         "supernet",
         "shards",
+        "zero",
         "calibrate",
         "losses",
         "likelihood",
@@ -36,7 +37,8 @@ LAYERS: list[set[str]] = [
     {"cost", "extract", "memory", "choices", "heads", "reorder"},
     {"subnetwork", "latency", "importance", "predict", "harness_model", "harness_results"}
     | {"prefix_reuse"},
-    {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"},
+    {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"}
+    | {"estimate_losses"},
     {"quantise", "merge_report"},
     {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"} | {"doctor"},
     {"threshold", "train_step"},
@@ -45,7 +47,7 @@ LAYERS: list[set[str]] = [
     {"run"},
     {"stages"},
     {"budgets", "prepare"},
-    {"search_costs", "search_limits"},
+    {"search_costs", "search_limits", "search_workers"},
     {"search_stage"},
     {"choose"},
     {"alone", "export_run", "targets"},

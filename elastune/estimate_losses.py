@@ -1,0 +1,249 @@
+"""What each choice of each dim loses by itself, estimated from one forward and backward pass.
+
+Measuring single choices takes a forward pass for each (`elastune.allocate`). Here all of them
+follow from the slopes of the loss of each example: with delta_i = sum_t <dL_i/dy_t, dy_t>, where dy
+is by how much a choice changes the output y of the module it concerns, the loss changes by about
+
+    1/2 sum_i delta_i^2,
+
+the second-order term with the empirical Fisher information for the Hessian (LeCun et al. 1990,
+optimal brain damage; Kwon et al. 2022, for the gates of transformers). Slopes of what one choice
+removes are added up before they are squared, so that units that make up for each other count as
+such. The first-order term is left out: its mean over few examples is mostly noise.
+
+Estimates are of the right order, and their ratios are what a knapsack needs; their unit is that of
+the loss.
+
+Shapes: `B` rows of a batch, `T` tokens, `E` examples, `I` in features, `O` out features, `U` units
+of a half, `R` largest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastune.block_choices import blocks_of
+from elastune.elastic.linear import take
+from elastune.elastic.lora import ElasticLoRALinear
+from elastune.elastic.sparse import mask_of
+from elastune.errors import BadData
+from elastune.heads import Head
+from elastune.importance.passes import Passes, gradients_of
+from elastune.importance.structure import unit_ends
+from elastune.linears import is_transposed
+from elastune.models.blocks import Block
+from elastune.space import ElasticDim
+from elastune.supernet import SuperNetwork
+
+ESTIMATED_KINDS = ("rank", "heads", "ffn", "depth", "density")
+"""Kinds of dims whose choices have estimates."""
+
+Slopes = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Input, output and the output's gradient of a module -> slopes of a token for each choice,
+``(B, T, choices)``."""
+
+
+def estimate_choice_losses(
+    net: SuperNetwork,
+    batches: Iterable[Mapping[str, Any]],
+    head: Head,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, dict[int, float]]:
+    """Estimate the loss of every choice alone, all other dims at their largest.
+
+    The super-network is not changed. Activations of a training step are alive, batch by batch; a
+    batch costs a forward and a backward pass, about three evaluations of it.
+
+    Args:
+        net: with trained or untrained weights.
+        batches: as ``head.collate`` makes them of items of validation examples.
+        head: makes their loss.
+        progress: called with the number of batches done.
+
+    Returns:
+        Dim -> choice -> estimated increase of the mean loss per target over the largest
+        sub-network; never negative, 0 for the largest choice. Dims of kinds that are not in
+        `ESTIMATED_KINDS` are left out.
+
+    Raises:
+        BadData: there are no batches, or the loss does not depend on a dim's modules.
+    """
+    dims = [dim for dim in net.space.dims if dim.kind in ESTIMATED_KINDS]
+    sums = {dim.name: torch.zeros(len(dim.choices), dtype=torch.float64) for dim in dims}
+    n_targets = 0
+    passes = Passes(net.model, batches, head, 0, progress)
+    largest = net.space.largest()
+    with net.active(largest), gradients_of(net.model, ()), torch.enable_grad():
+        for batch in passes:
+            watch = _Watch(batch)
+            with watch.embeddings_followed(net.model), ExitStack() as stack:
+                for dim in dims:
+                    for hook in _hooks(net, dim, watch):
+                        stack.callback(hook.remove)
+                loss, targets = passes.loss(batch)
+                loss.backward()
+            n_targets += targets
+            for dim in dims:
+                sums[dim.name] += watch.slopes_of(dim.name).double().square().sum(dim=0).cpu()
+    return {
+        dim.name: {
+            choice: float(total) / 2 / max(n_targets, 1)
+            for choice, total in zip(dim.choices, sums[dim.name], strict=True)
+        }
+        for dim in dims
+    }
+
+
+class _Watch:
+    """The slopes of one batch: what each example's loss changes by, for each choice of each dim."""
+
+    def __init__(self, batch: Mapping[str, Any]) -> None:
+        self._n_rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
+        starts = batch.get("starts")
+        self._sequence = None
+        if starts is not None:  # sequences laid end to end
+            lengths = starts.long().diff()
+            numbers = torch.arange(len(lengths), device=starts.device)
+            self._sequence = numbers.repeat_interleave(lengths)
+            self._n_sequences = len(lengths)
+        self._found: dict[str, Tensor] = {}
+
+    def add(self, dim: str, slopes: Tensor) -> None:
+        """Add slopes of tokens, ``(B, T, choices)``, to those of their examples."""
+        # Models that cannot read them end to end are given a row for each sequence.
+        if self._sequence is None or len(slopes) > 1:
+            by_example = slopes.sum(dim=1)
+        else:
+            by_example = slopes.new_zeros(self._n_sequences, slopes.shape[-1])
+            by_example.index_add_(0, self._sequence.to(slopes.device), slopes[0])
+        by_example = by_example.float().cpu()
+        self._found[dim] = self._found[dim] + by_example if dim in self._found else by_example
+
+    def slopes_of(self, dim: str) -> Tensor:
+        """Return ``(E, choices)``."""
+        if dim not in self._found:
+            raise BadData(f"the loss does not depend on {dim}")
+        return self._found[dim]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return ``(B, T, features)``; some families flatten rows and tokens."""
+        x = x.detach()
+        return x.view(self._n_rows, -1, x.shape[-1]) if x.dim() == 2 else x
+
+    @contextmanager
+    def embeddings_followed(self, model: Any) -> Iterator[None]:
+        """Let gradients reach the first block, though no weight asks for one."""
+        handle = model.get_input_embeddings().register_forward_hook(
+            lambda module, args, output: output.requires_grad_()
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _hooks(net: SuperNetwork, dim: ElasticDim, watch: _Watch) -> Iterator[Any]:
+    """Yield the hooks that watch what a dim's choices would change."""
+    if dim.kind in ("rank", "density"):
+        of_kind = _rank_slopes if dim.kind == "rank" else _density_slopes
+        for name in dim.modules:
+            module = net.model.get_submodule(name)
+            yield _watch_output(module, dim, watch, of_kind(module, dim.choices))
+        return
+    for block in blocks_of(dim, net.blocks):
+        if dim.kind == "depth":
+            yield _watch_output(block.module, dim, watch, _depth_slopes(dim.choices))
+        else:
+            yield _watch_units(net, block, dim, watch)
+
+
+def _watch_output(module: nn.Module, dim: ElasticDim, watch: _Watch, slopes: Slopes) -> Any:
+    """Watch a module whose output a choice changes; its input is its first argument."""
+
+    def watched(_: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        x = watch.tokens(args[0] if args else kwargs["hidden_states"])
+        y = output[0] if isinstance(output, tuple) else output
+
+        def add(gradient: Tensor) -> None:
+            watch.add(dim.name, slopes(x, watch.tokens(y), watch.tokens(gradient)))
+
+        y.register_hook(add)
+
+    return module.register_forward_hook(watched, with_kwargs=True)
+
+
+def _watch_units(net: SuperNetwork, block: Block, dim: ElasticDim, watch: _Watch) -> Any:
+    """Watch the units of a half at the input of the projection that ends it."""
+    name = f"layers.{block.index}.{dim.kind}"
+    module, table = next((m, t) for n, m, t in unit_ends(net.model) if n == name)
+    per_unit = block.heads_per_unit if dim.kind == "heads" else 1
+    kept = torch.tensor([choice // per_unit for choice in dim.choices])
+    table = table[: kept[0]]  # the largest sub-network may be less than the model
+
+    def watched(_: nn.Module, args: tuple[Any, ...]) -> None:
+        x = watch.tokens(args[0])
+
+        def add(gradient: Tensor) -> None:
+            by_unit = (x * watch.tokens(gradient))[..., table.to(x.device)].sum(dim=-1)
+            watch.add(dim.name, -_sums_from(by_unit, kept))
+
+        args[0].register_hook(add)
+
+    return module.register_forward_pre_hook(watched)
+
+
+def _sums_from(values: Tensor, firsts: Tensor) -> Tensor:
+    """Return the sums of ``(..., U)`` from each of ``firsts`` on, ``(..., len(firsts))``."""
+    ends = nn.functional.pad(values.flip(-1).cumsum(-1).flip(-1), (0, 1))
+    return ends[..., firsts.to(values.device)]
+
+
+def _depth_slopes(choices: tuple[int, ...]) -> Slopes:
+    """A block that is left out hands its input on."""
+
+    def slopes(x: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+        gone = ((x - y) * gradient).sum(dim=-1, keepdim=True)
+        return gone * gone.new_tensor([float(choice == 0) for choice in choices])
+
+    return slopes
+
+
+def _rank_slopes(adapter: Any, ranks: tuple[int, ...]) -> Slopes:
+    """An adapter of rank r adds ``scale(r) B[:, :r] A[:r] x``."""
+    assert isinstance(adapter, ElasticLoRALinear)
+
+    def slopes(x: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+        a = take(adapter.lora_A[: ranks[0]].detach(), 1, adapter.columns)
+        b = take(adapter.lora_B[:, : ranks[0]].detach(), 0, adapter.rows)
+        by_rank = (x.to(a.dtype) @ a.T) * (gradient.to(b.dtype) @ b)
+        adds = nn.functional.pad(by_rank.cumsum(dim=-1), (1, 0))[..., list(ranks)]
+        adds = adds * adds.new_tensor([adapter.scale_at(rank) if rank else 0.0 for rank in ranks])
+        return adds - adds[..., :1]
+
+    return slopes
+
+
+def _density_slopes(module: Any, densities: tuple[int, ...]) -> Slopes:
+    """A weight at a lower density lacks some of its numbers."""
+    linear = module.base if isinstance(module, ElasticLoRALinear) else module
+    mask = mask_of(linear)
+    assert mask is not None
+
+    def slopes(x: Tensor, y: Tensor, gradient: Tensor) -> Tensor:
+        found = []
+        for density in densities:
+            levels = mask.levels.to(linear.weight.device)
+            gone = (levels >= mask.least_at(densities[0])) & (levels < mask.least_at(density))
+            lacks = linear.weight.detach() * gone
+            lacks = lacks.T if is_transposed(linear) else lacks
+            lost = x @ take(take(lacks, 0, linear.rows), 1, linear.columns).T
+            found.append(-(lost * gradient).sum(dim=-1))
+        return torch.stack(found, dim=-1)
+
+    return slopes
