@@ -231,7 +231,7 @@ def _rank_slopes(adapter: Any, ranks: tuple[int, ...]) -> Slopes:
 
 def _density_slopes(module: Any, densities: tuple[int, ...]) -> Slopes:
     """A weight at a lower density lacks some of its numbers."""
-    linear = module.base if isinstance(module, ElasticLoRALinear) else module
+    linear: Any = module.base if isinstance(module, ElasticLoRALinear) else module
     mask = mask_of(linear)
     assert mask is not None
 
