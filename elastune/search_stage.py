@@ -6,12 +6,8 @@ What is reported is measured elsewhere (`elastune.measure`), on examples that no
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -34,6 +30,7 @@ from elastune.search.limits import (
 from elastune.search.stored import check_storage, stored_trials
 from elastune.search_costs import full_costs, search_costs
 from elastune.search_limits import COSTS, QUALITIES, check_limits, quality_of
+from elastune.search_workers import other_workers
 from elastune.space import SearchSpace, SubnetConfig
 
 _WITH_LOSSES = ("auto", "milp")
@@ -291,7 +288,7 @@ def search(run: Run) -> SearchResult:
     with (
         run.dir.stage("search", inputs, run.dir.trials),
         run.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar,
-        _other_workers(run),
+        other_workers(run),
     ):
         result = work.search(cfg.trials, start, bar)
         write_json(run.dir.trials, result.to_dict() | {"about": _about(work, result, started)})
@@ -302,36 +299,6 @@ def search_as_worker(run: Run) -> None:
     """Take part in a search that another process has begun; only the storage is written to."""
     work = SearchWork(run)
     work.search(run.recipe.search.trials, [*budgeted(run).values()])
-
-
-@contextmanager
-def _other_workers(run: Run) -> Iterator[None]:
-    """Start the other processes of a search, and see that none outlives it."""
-    count = run.recipe.search.workers
-    threads = max(1, (os.cpu_count() or 1) // count)
-    command = [sys.executable, "-m", "elastune", "work", str(run.dir.root)]
-    workers = []
-    for number in range(1, count):
-        own = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": _device(number)}
-        workers.append(subprocess.Popen(command, env={**os.environ, **own}))
-    try:
-        yield
-    finally:
-        for worker in workers:
-            worker.terminate()
-        for worker in workers:
-            worker.wait()
-
-
-def _device(number: int) -> str:
-    """Return the GPU of a worker: each its own as long as there are enough."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        import torch
-
-        visible = ",".join(map(str, range(torch.cuda.device_count())))
-    names = [name for name in visible.split(",") if name]
-    return names[number % len(names)] if names else ""
 
 
 def _about(work: SearchWork, result: SearchResult, started: float) -> dict[str, Any]:
