@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -20,27 +21,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _command in (
-    stages.run,
-    fitting.fit,
-    stages.sparsify,
-    stages.space,
-    stages.train,
-    searching.search,
-    searching.extract,
-    searching.sweep,
-    exporting.export,
-    exporting.check,
-    exporting.profile,
-    adapters.adapter,
-    adapters.push,
-    stages.evaluate,
-    looking.report,
-    looking.runs,
-    stages.demo,
-    looking.doctor,
-):
-    app.command()(_command)
+_COMMANDS: dict[Callable[..., None], str] = {
+    stages.run: "run recipes/shears.yaml --set model=Qwen/Qwen3-0.6B --set task=gsm8k",
+    fitting.fit: "fit --model minilm-l6 --task sst2 --target 'latency<=0.6x' --max-drop 1.0",
+    stages.sparsify: "sparsify recipes/shears.yaml --set sparsify.ratio=0.6 --out runs/sparse60",
+    stages.space: "space recipes/lonas-smollm2-math.yaml",
+    stages.train: "train recipes/shears.yaml --set train.epochs=1",
+    searching.search: "search runs/shears --algorithm nsga2 --trials 200 --limit 'params<=80%'",
+    searching.extract: "extract runs/shears --target 'latency<=0.5x'",
+    searching.sweep: "sweep runs/lonas --cost params --parts 0.9,0.8,0.7",
+    exporting.export: "export runs/shears --format gguf,onnx,openvino:int8",
+    exporting.check: "check runs/shears/export/gguf",
+    exporting.profile: "profile runs/shears/base runs/shears/export/onnx --plot speeds.png",
+    adapters.adapter: "adapter my-lora --out my-lora-small --target 'params<=0.5x'",
+    adapters.push: "push runs/shears/export/peft owner/name",
+    stages.evaluate: "evaluate runs/shears --only best --lm-eval piqa,arc_easy",
+    looking.report: "report runs/shears",
+    looking.runs: "runs runs/shears runs/lonas --only best",
+    stages.demo: "demo",
+    looking.doctor: "doctor",
+}
+"""The commands in the order of ``--help``, with the example that each ends its own help with."""
+for _command, _example in _COMMANDS.items():
+    app.command(epilog=f"Example: elastune {_example}")(_command)
 app.command(hidden=True)(searching.work)
 
 

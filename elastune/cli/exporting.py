@@ -11,6 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from elastune.cli import completion
 from elastune.cli.frame import ERR, Json, be_quiet, opened, reported, show
 from elastune.errors import BadRecipe, ElastuneError
 
@@ -22,14 +23,23 @@ if TYPE_CHECKING:
 _MB = 2**20
 
 Exports = Annotated[
-    list[Path], typer.Argument(help="Folders that elastune export wrote.", metavar="EXPORT...")
+    list[Path],
+    typer.Argument(
+        help="Folders that elastune export wrote.",
+        metavar="EXPORT...",
+        autocompletion=completion.exports,
+    ),
 ]
 
 
 def export(
     source: Annotated[
         Path,
-        typer.Argument(help="A run directory, or a saved model or adapter.", metavar="RUN|MODEL"),
+        typer.Argument(
+            help="A run directory, or a saved model or adapter.",
+            metavar="RUN|MODEL",
+            autocompletion=completion.runs,
+        ),
     ],
     format_: Annotated[
         list[str],
@@ -39,6 +49,7 @@ def export(
             help="hf, hf-padded, hf-hetero, peft, merged-sparse, compressed-tensors, onnx, "
             "openvino, openvino:int8, openvino:int4, torch-export, gguf, gguf:q8_0, ..., "
             "nemotron-nas; several by commas.",
+            autocompletion=completion.formats,
         ),
     ],
     out: Annotated[
@@ -56,6 +67,7 @@ def export(
             "-c",
             help="Sub-network of the run: its name, such as best, or JSON. By default best, else "
             "heuristic.",
+            autocompletion=completion.subnets,
         ),
     ] = None,
     base: Annotated[

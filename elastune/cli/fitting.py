@@ -11,6 +11,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from elastune.cli import completion
 from elastune.cli.frame import ERR, Json, Set, be_quiet, checked, reported, show
 
 if TYPE_CHECKING:
@@ -20,8 +21,16 @@ if TYPE_CHECKING:
 
 
 def fit(
-    model: Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")],
-    task: Annotated[str, typer.Option(help="A known task, or a file of your own.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Built-in name, hub id, folder or .gguf file.", autocompletion=completion.models
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option(help="A known task, or a file of your own.", autocompletion=completion.tasks),
+    ],
     target: Annotated[list[str], typer.Option(help='What it may cost, such as "latency<=0.6x".')],
     max_drop: Annotated[
         float, typer.Option(help="Points of the score that may be lost to the uncompressed model.")

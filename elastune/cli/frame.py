@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from elastune.cli import completion
 from elastune.errors import BadRecipe, ElastuneError
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ ERR = Console(stderr=True)
 Source = Annotated[
     Path,
     typer.Argument(
-        help="A recipe (.yaml), or a run directory to go on with.", metavar="RECIPE|RUN"
+        help="A recipe (.yaml), or a run directory to go on with.",
+        metavar="RECIPE|RUN",
+        autocompletion=completion.recipes_and_runs,
     ),
 ]
 Out = Annotated[
@@ -34,10 +37,19 @@ Out = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", help="Override a setting of the recipe: section.key=value."),
+    typer.Option(
+        "--set",
+        "-s",
+        help="Override a setting of the recipe: section.key=value.",
+        autocompletion=completion.settings,
+    ),
 ]
 Update = Annotated[
     bool, typer.Option("--update", help="Go on in OUT with a changed recipe; redo what it changes.")
+]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(help="A run directory.", metavar="RUN", autocompletion=completion.runs),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print machine-readable output.")]
 

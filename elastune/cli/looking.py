@@ -7,15 +7,12 @@ from typing import Annotated
 
 import typer
 
-from elastune.cli.frame import (
-    Json,
-    reported,
-    show,
-)
+from elastune.cli import completion
+from elastune.cli.frame import Json, RunFolder, reported, show
 
 
 def report(
-    source: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
+    source: RunFolder,
     json_: Json = False,
 ) -> None:
     """Write RUN/report.html and print its main table."""
@@ -35,7 +32,10 @@ def report(
 def runs(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run directories, or folders of them; ./runs by default."),
+        typer.Argument(
+            help="Run directories, or folders of them; ./runs by default.",
+            autocompletion=completion.runs,
+        ),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Systems to show, such as best or sparse.")

@@ -7,14 +7,15 @@ import re
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elastune.cli import completion
 from elastune.cli.frame import (
     Json,
     Out,
+    RunFolder,
     Set,
     Source,
     Update,
@@ -37,7 +38,11 @@ _CHOSEN = ("largest", "heuristic", "smallest", "best")
 def search(
     source: Source,
     algorithm: Annotated[
-        str | None, typer.Option(help="auto, nsga2, rnsga2, milp, tpe, hill_climb, random, ...")
+        str | None,
+        typer.Option(
+            help="auto, nsga2, rnsga2, milp, tpe, hill_climb, random, exhaustive, heuristic.",
+            autocompletion=completion.algorithms,
+        ),
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Configurations to score in all.")] = None,
     limit: Annotated[
@@ -87,9 +92,7 @@ def search(
             show(f"missed: {line}")
 
 
-def work(
-    source: Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")],
-) -> None:
+def work(source: RunFolder) -> None:
     """Take part in a search that `elastune search RUN` has begun, as one more process."""
     with reported():
         from elastune.artifacts import RunDirectory
@@ -107,7 +110,13 @@ def work(
 
 def sweep(
     source: Source,
-    cost: Annotated[str, typer.Option(help="params, macs, block_macs, latency, ...")] = "macs",
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="params, nonzero, macs, block_macs, decode_macs, latency or decode_latency.",
+            autocompletion=completion.costs,
+        ),
+    ] = "macs",
     parts: Annotated[
         str, typer.Option(help="Parts of the full model's cost.")
     ] = "0.9,0.8,0.7,0.6,0.5",
@@ -207,7 +216,10 @@ def extract(
     config: Annotated[
         list[str] | None,
         typer.Option(
-            "--config", "-c", help="largest, heuristic, smallest, best, or JSON of dim -> choice."
+            "--config",
+            "-c",
+            help="largest, heuristic, smallest, best, or JSON of dim -> choice.",
+            autocompletion=completion.subnets,
         ),
     ] = None,
     name: Annotated[
@@ -215,7 +227,11 @@ def extract(
     ] = None,
     format_: Annotated[
         str | None,
-        typer.Option("--format", help="Of models: auto, hf, hf-padded, hf-hetero."),
+        typer.Option(
+            "--format",
+            help="Of models: auto, hf, hf-padded, hf-hetero.",
+            autocompletion=completion.saved_formats,
+        ),
     ] = None,
     uniform: Annotated[
         bool,
