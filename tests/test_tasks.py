@@ -260,6 +260,44 @@ def test_prompt_and_completion_of_messages_are_the_same_chat(tmp_path):
         get_task(str(bad), tokenizer=tokenizer).train_examples()
 
 
+def test_chats_of_share_gpt_and_contents_in_parts_are_the_same_chat(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    texts = ["be brief", "2 + 2?", "4"]
+    spellings = {
+        "messages": ("role", "content", ["system", "user", "assistant"], texts),
+        "conversations": ("from", "value", ["system", "human", "gpt"], texts),
+        "parts": (
+            *("role", "content", ["system", "user", "assistant"]),
+            [[{"type": "text", "text": text}] for text in texts],
+        ),
+    }
+    found = []
+    for name, (who, what, roles, contents) in spellings.items():
+        turns = [{who: r, what: c} for r, c in zip(roles, contents, strict=True)]
+        column = "messages" if name == "parts" else name
+        path = write(tmp_path / f"{name}.jsonl", [{column: turns}])
+        found.append(get_task(str(path), tokenizer=tokenizer, holdout=0).train_examples())
+    assert found[0] == found[1] == found[2]
+    assert found[0][0].prompt == "<s>[system]be brief[user]2 + 2?[assistant]"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]},
+    ],
+    ids=["tool call", "image"],
+)
+def test_turns_that_are_no_text_are_refused_with_the_row(tmp_path, turn):
+    turns = [turn, {"role": "assistant", "content": "4"}]
+    path = write(tmp_path / "bad.jsonl", [{"messages": turns}])
+    with pytest.raises(BadData, match=r"bad\.jsonl line 1: messages must be .* as text") as caught:
+        get_task(str(path), tokenizer=tiny_tokenizer()).train_examples()
+    assert "tool calls" in caught.value.try_
+
+
 def test_running_text_is_sent_to_the_task_that_takes_it(tmp_path):
     path = write(tmp_path / "text.jsonl", [{"text": "once upon a time"}])
     with pytest.raises(BadData, match="'text' without 'label'") as refused:

@@ -14,6 +14,9 @@ from elastune.tasks.sources import Row
 from elastune.tasks.user_data import UserData
 
 ROLES = ("prompt", "completion", "answer", "messages", "text", "label")
+SHARE_GPT = "conversations"
+"""Name of the messages in ShareGPT's format, whose turns have ``from`` and ``value``."""
+_SPEAKERS = {"human": "user", "gpt": "assistant"}
 MATCHES: dict[str, Judge | None] = {"exact": None, "number": NUMBER, "choice": CHOICE}
 
 
@@ -21,8 +24,9 @@ class Custom(Task):
     """Rows of a file (``custom:PATH``: jsonl, json, csv, tsv, parquet) or of ``custom:hub:ID``.
 
     A row is one of: ``prompt`` + ``completion`` (and ``answer`` where the gold answer differs);
-    ``messages``, whose last assistant turn is the completion; ``text`` + ``label``. A prompt and
-    completion may be messages, too: with the former, these are the formats of TRL's SFTTrainer.
+    ``messages`` (or ShareGPT's ``conversations``), whose last assistant turn is the completion;
+    ``text`` + ``label``. A prompt and completion may be messages, too: with the former, these are
+    the formats of TRL's SFTTrainer.
 
     Args:
         fields: role -> the data's own name of it, e.g. ``{prompt: question}``.
@@ -103,6 +107,8 @@ class Custom(Task):
     def _from_row(self, row: Row) -> Example:
         if self.names["messages"] in row.values:
             return self._from_turns(row, _messages(row, self.names["messages"]))
+        if SHARE_GPT in row.values:
+            return self._from_turns(row, _messages(row, SHARE_GPT))
         if self.names["text"] in row.values and self.names["prompt"] not in row.values:
             word = self._label_word(row)
             return self.example(row.text(self.names["text"]), word, word)
@@ -151,15 +157,25 @@ class Custom(Task):
 
 
 def _messages(row: Row, name: str) -> list[dict[str, str]]:
-    messages = row.get(name)
-    if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
-        raise BadData(f"{row.place}: {name} must be a list of {{role, content}} objects.")
-    return messages
+    given = row.get(name)
+    messages = [_message(each) for each in given] if isinstance(given, list) else []
+    found = [message for message in messages if message is not None]
+    if not found or len(found) < len(messages):
+        raise BadData(
+            f"{row.place}: {name} must be a list of {{role, content}} objects, contents as text.",
+            try_="leave out rows with images, tools or tool calls: they are not read",
+        )
+    return found
 
 
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
+def _message(given: Any) -> dict[str, str] | None:
+    """Return a turn as role and content; None for what is no text of anyone."""
+    if not isinstance(given, dict):
+        return None
+    role, content = given.get("role", given.get("from")), given.get("content", given.get("value"))
+    if isinstance(content, list):  # parts, as processors of several modalities have them
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(map(str, parts)) if parts and None not in parts else None
+    if isinstance(role, str) and isinstance(content, str):
+        return {"role": _SPEAKERS.get(role, role), "content": content}
+    return None
