@@ -1,16 +1,17 @@
 """Run a model block by block over calibration tokens, seeing what each projection reads.
 
 Each block is run on the outputs of the blocks before it *as they are by then*, so whatever was done
-to earlier blocks (pruned, say) is seen by later ones. Only one block's activations are alive.
+to earlier blocks (pruned, say) is seen by later ones. Only one block's activations are alive; of a
+model that is streamed (`elastune.models.streamed`) only one block's weights, too.
 
 Shapes: `N` calibration rows, `L` tokens a row, `D` model, `I` in features of a projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +20,21 @@ from transformers import PreTrainedModel
 
 from elastune.data import row_batches
 from elastune.errors import UnsupportedModel
+from elastune.hidden_states import States
 from elastune.linears import out_features
 from elastune.models import architecture
 from elastune.models.architecture import type_of
 
 Observer = Callable[[tuple[str, ...], Tensor], None]
 """Receives the roles that read an input, and the input, ``(tokens, I)``."""
+
+Resident = Callable[[int], AbstractContextManager[None]]
+"""Keeps the weights of the block of a number in memory as long as its context lasts."""
+
+
+def always(_: int) -> AbstractContextManager[None]:
+    """Return the `Resident` of a model that is in memory whole."""
+    return nullcontext()
 
 
 @dataclass
@@ -36,14 +46,47 @@ class CalibrationBlock:
     module: nn.Module
     linears: dict[str, Any]
     shared_inputs: tuple[tuple[str, ...], ...]
-    _inputs: list[Tensor]
+    _inputs: States
     _arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    _is_advanced: bool = field(default=False, init=False)
 
     def observe(self, observer: Observer) -> None:
         """Run the block over all calibration rows, handing each projection's input on once.
 
         Projections that read the same tensor are reported together.
         """
+        # What the last projection of a block writes is of no use yet, and costs a quarter of the
+        # pass: it is computed in `advance`, with whatever was done to the block by then.
+        with self._watched(observer), _silent(self.linears.get("down")):
+            for _ in self._run():
+                pass
+
+    def pass_through(self, observer: Observer) -> None:
+        """Observe and advance in one pass: for those who leave the block as it is till then."""
+        with self._watched(observer):
+            self.advance()
+
+    def advance(self) -> None:
+        """Replace what flows into the block by what flows out of it; once."""
+        if self._is_advanced:
+            return
+        self._is_advanced = True
+        for position, output in enumerate(self._run()):
+            self._inputs[position] = output
+
+    def run(self, position: int, hidden: Tensor) -> Tensor:
+        """Run the block on the hidden states of one batch, ``(rows, L, D)``."""
+        args, kwargs = self._arguments[position]
+        output = self.module(hidden, *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def inputs(self) -> States:
+        """What flows into the block, batch by batch; what flows out of it once it is advanced."""
+        return self._inputs
+
+    @contextmanager
+    def _watched(self, observer: Observer) -> Iterator[None]:
         hooks = []
         for roles in self._readers():
             # The first of those that share an input speaks for all of them.
@@ -51,20 +94,11 @@ class CalibrationBlock:
                 observer(roles, args[0].reshape(-1, args[0].shape[-1]))
 
             hooks.append(self.linears[roles[0]].register_forward_pre_hook(hook))
-        # What the last projection of a block writes is of no use yet, and costs a quarter of the
-        # pass: it is computed in `advance`, with whatever was done to the block by then.
         try:
-            with _silent(self.linears.get("down")):
-                for _ in self._run():
-                    pass
+            yield
         finally:
             for handle in hooks:
                 handle.remove()
-
-    def advance(self) -> None:
-        """Replace what flows into the block by what flows out of it."""
-        for position, output in enumerate(self._run()):
-            self._inputs[position] = output
 
     def _readers(self) -> list[tuple[str, ...]]:
         """Group roles by the tensor they read."""
@@ -74,9 +108,8 @@ class CalibrationBlock:
         return [roles for roles in groups if roles]
 
     def _run(self) -> Iterator[Tensor]:
-        for hidden, (args, kwargs) in zip(self._inputs, self._arguments, strict=True):
-            output = self.module(hidden, *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+        for position in range(len(self._arguments)):
+            yield self.run(position, self._inputs[position])
 
 
 @contextmanager
@@ -103,20 +136,25 @@ class _Recorder(nn.Module):
         super().__init__()
         self.returns_tuple = returns_tuple
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.hidden: list[Tensor] = []
+        self.hidden: Tensor | None = None
         for name in ("attention_type", "layer_type", "is_sliding"):
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.calls.append((args, kwargs))
-        self.hidden.append(hidden)
+        self.hidden = hidden
         return (hidden, None) if self.returns_tuple else hidden
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibration_blocks(
-    model: PreTrainedModel, rows: Tensor, *, tokens_per_batch: int = 4096
+    model: PreTrainedModel,
+    rows: Tensor,
+    *,
+    tokens_per_batch: int = 4096,
+    resident: Resident = always,
+    states: States | None = None,
 ) -> Iterator[CalibrationBlock]:
     """Yield the model's blocks in order; the caller may change each before asking for the next.
 
@@ -126,6 +164,9 @@ def calibration_blocks(
         model: of a known architecture.
         rows: int64 token ids, ``(N, L)``.
         tokens_per_batch: tokens in one forward call.
+        resident: of a streamed model: a block's weights are needed from when it is yielded until
+            the next one is asked for.
+        states: where the hidden states between blocks are kept; empty. In memory by default.
 
     Raises:
         UnsupportedModel: unknown family, a model that reads no tokens, or one that changes the
@@ -141,8 +182,8 @@ def calibration_blocks(
     blocks = record.blocks_of(model)
     options = {"use_cache": False} if record.kind == "decoder" else {}
     batches = [batch.to(model.device) for batch in row_batches(rows, tokens_per_batch)]
-    recorders = _record_calls(model, blocks, batches, options, record.returns_tuple)
-    inputs = recorders[0].hidden
+    inputs: States = [] if states is None else states
+    recorders = _record_calls(model, blocks, batches, options, record.returns_tuple, inputs)
     held = record.linear_names(model)
     for index, (name, block) in enumerate(zip(record.block_names(model), blocks, strict=True)):
         paths = {r: path for r, path in record.roles.items() if f"{name}.{path}" in held}
@@ -150,9 +191,10 @@ def calibration_blocks(
         stage = CalibrationBlock(
             index, name, block, linears, record.shared_inputs, inputs, recorders[index].calls
         )
-        yield stage
-        if index + 1 < len(blocks):
-            stage.advance()
+        with resident(index):
+            yield stage
+            if index + 1 < len(blocks):
+                stage.advance()
 
 
 def _record_calls(
@@ -161,28 +203,39 @@ def _record_calls(
     batches: list[Tensor],
     options: dict[str, Any],
     returns_tuple: bool,
+    inputs: States,
 ) -> list[_Recorder]:
     """Find the arguments of every block by running the model with recorders in their place.
 
     Blocks of one model may be called with different masks and rotary embeddings (sliding and full
-    attention), so each has its own record.
+    attention), so each has its own record. ``inputs`` receives what flows into the first block.
     """
-    originals = list(blocks)
-    recorders = [_Recorder(block, returns_tuple) for block in originals]
-    try:
-        for index, recorder in enumerate(recorders):
-            blocks[index] = recorder
+    recorders = [_Recorder(block, returns_tuple) for block in blocks]
+    with standing_in(blocks, recorders):
         for batch in batches:
             model.base_model(input_ids=batch, **options)
+            for number, recorder in enumerate(recorders[1:], start=1):
+                if recorder.hidden is not recorders[0].hidden:
+                    raise UnsupportedModel(
+                        f"this {type_of(model)!r} model changes the hidden states between blocks "
+                        f"{number - 1} and {number}, which block-by-block calibration would miss",
+                        try_="a method that takes no calibration, such as magnitude",
+                    )
+            assert recorders[0].hidden is not None
+            inputs.append(recorders[0].hidden)
+    for recorder in recorders:
+        recorder.hidden = None
+    return recorders
+
+
+@contextmanager
+def standing_in(blocks: nn.ModuleList, others: Sequence[nn.Module]) -> Iterator[None]:
+    """Put other modules in the place of a model's blocks as long as the context lasts."""
+    originals = list(blocks)
+    try:
+        for index, other in enumerate(others):
+            blocks[index] = other
+        yield
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block
-    for number, recorder in enumerate(recorders[1:], start=1):
-        if recorder.hidden[0] is not recorders[0].hidden[0]:
-            raise UnsupportedModel(
-                f"this {type_of(model)!r} model changes the hidden states between blocks "
-                f"{number - 1} and {number}, which block-by-block calibration would miss",
-                try_="a method that takes no calibration, such as magnitude",
-            )
-        recorder.hidden = []
-    return recorders

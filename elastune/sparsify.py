@@ -8,7 +8,7 @@ Shapes: `O` out features, `I` in features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from elastune.calibrate import CalibrationBlock, calibration_blocks
+from elastune.calibrate import CalibrationBlock, Resident, always, calibration_blocks
 from elastune.errors import BadRecipe
+from elastune.hidden_states import States
 from elastune.importance import (
     InputHessian,
     InputNorm,
@@ -134,29 +135,59 @@ def sparsify_(
             model is then as it was.
         UnsupportedModel: unknown family, or one that text cannot calibrate.
     """
+    masks: dict[str, Tensor] = {}
+    n_blocks = len(architecture(model).blocks_of(model))
+    for index, found in enumerate(pruned_blocks(model, method, sparsity, calibration)):
+        masks |= found
+        if progress is not None:
+            progress(index + 1, n_blocks)
+    return masks
+
+
+@torch.no_grad()
+def pruned_blocks(
+    model: PreTrainedModel,
+    method: Method,
+    sparsity: Sparsity,
+    calibration: Tensor | None = None,
+    *,
+    resident: Resident = always,
+    states: States | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Do what `sparsify_` does block by block, yielding each block's masks once it is pruned.
+
+    Args:
+        resident: of a streamed model: has a block's weights in memory until the next is asked for.
+        states: where the hidden states between blocks are kept; in memory by default.
+
+    Raises:
+        BadRecipe: as `sparsify_`; nothing is changed then.
+        UnsupportedModel: likewise.
+    """
     if method not in METHODS:
         raise BadRecipe(f"unknown sparsifier {method!r}; known are {', '.join(METHODS)}")
     statistic, prune = METHODS[method]
-    masks: dict[str, Tensor] = {}
     record = architecture(model)
-    n_blocks = len(record.blocks_of(model))
-    for name in record.linear_names(model):  # before the first weight is changed
+    names = record.linear_names(model)
+    for name in names:  # before the first weight is changed
         sparsity.check(in_features(model.get_submodule(name)))
     if statistic is None:
-        for name in record.linear_names(model):
-            linear = model.get_submodule(name)
-            masks[f"{name}.weight"] = prune(linear, None, sparsity)
-        return masks
+        for index, block in enumerate(record.block_names(model)):
+            members = [name for name in names if name.startswith(f"{block}.")]
+            with resident(index):
+                yield {
+                    f"{name}.weight": prune(model.get_submodule(name), None, sparsity)
+                    for name in members
+                }
+        return
     if calibration is None:
         raise BadRecipe(f"{method} needs calibration text", try_="give it, or use magnitude")
-    for block in calibration_blocks(model, calibration):
-        statistics = gather(block, statistic)
-        for role, linear in block.linears.items():
-            name = f"{block.name}.{record.roles[role]}.weight"
-            masks[name] = prune(linear, statistics[role], sparsity)
-        if progress is not None:
-            progress(block.index + 1, n_blocks)
-    return masks
+    for stage in calibration_blocks(model, calibration, resident=resident, states=states):
+        statistics = gather(stage, statistic)
+        yield {
+            f"{stage.name}.{record.roles[role]}.weight": prune(linear, statistics[role], sparsity)
+            for role, linear in stage.linears.items()
+        }
 
 
 def gather(
@@ -207,13 +238,20 @@ def sparsity_report(model: PreTrainedModel, *, method: str, sparsity: Sparsity) 
     """Count the exact zeros of every linear weight in the blocks: the content of sparsity.json."""
     tensors: dict[str, Any] = {}
     for name in architecture(model).linear_names(model):
-        weight: Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
-        zeros = int((weight == 0).sum())
-        tensors[f"{name}.weight"] = {
-            "shape": list(weight.shape),
-            "zeros": zeros,
-            "sparsity": zeros / weight.numel(),
-        }
+        tensors[f"{name}.weight"] = zeros_of(model.get_submodule(name))
+    return report_of(tensors, method=method, sparsity=sparsity)
+
+
+def zeros_of(linear: Any) -> dict[str, Any]:
+    """Return the row of sparsity.json of one linear layer."""
+    weight: Tensor = linear.weight
+    zeros = int((weight == 0).sum())
+    shape = list(weight.shape)
+    return {"shape": shape, "zeros": zeros, "sparsity": zeros / weight.numel()}
+
+
+def report_of(tensors: dict[str, Any], *, method: str, sparsity: Sparsity) -> dict[str, Any]:
+    """Return the content of sparsity.json; weight name -> what `zeros_of` says of its layer."""
     zeros = sum(row["zeros"] for row in tensors.values())
     weights = sum(row["shape"][0] * row["shape"][1] for row in tensors.values())
     n_of_m = sparsity.n_of_m

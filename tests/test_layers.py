@@ -13,12 +13,21 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 #: From the ground up. A file imports from layers below its own and from its own folder, only.
 LAYERS: list[set[str]] = [
     {"errors", "version", "progress", "yaml_text", "packing", "metrics", "autoload"}
-    | {"name_patterns"},
+    | {"name_patterns", "json_text"},
     {"files", "sections", "space", "tasks", "linears", "decoding", "console", "statistics"}
     | {"race", "processes"},
     {"allocate"},
     {"config", "elastic", "state", "search", "leaks", "report", "predictions"},
-    {"models", "inputs", "sampling", "generate", "whole_model", "step_log", "length_groups"},
+    {
+        "models",
+        "hidden_states",
+        "inputs",
+        "sampling",
+        "generate",
+        "whole_model",
+        "step_log",
+        "length_groups",
+    },
     {"data", "calibration_text", "structure", "artifacts", "macs", "generated"}
     | {"drop_blocks", "tokenizer_file", "trained"},
     {
@@ -39,9 +48,9 @@ LAYERS: list[set[str]] = [
     | {"prefix_reuse"},
     {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"}
     | {"estimate_losses"},
-    {"quantise", "merge_report"},
+    {"quantise", "stream", "merge_report"},
     {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"} | {"doctor"},
-    {"threshold", "train_step"},
+    {"threshold", "train_step", "trainer_arguments"},
     {"generate_space", "train", "rank_in_rounds"},
     {"finetune", "learn_scores"},
     {"run"},

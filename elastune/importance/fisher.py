@@ -66,7 +66,7 @@ def fisher_scores(
     with gradients_of(model, ()), torch.enable_grad(), ExitStack() as stack:
         for name, module, table in unit_ends(model):
             mask = torch.ones(len(table)) if kept is None else kept[name].float()
-            hook = _gated(name, table, mask.to(weight_of(module).device), gates)
+            hook = row_gated(name, table, mask.to(weight_of(module).device), gates)
             stack.callback(module.register_forward_pre_hook(hook).remove)
             found[name] = torch.zeros(len(table))
         for batch in passes:
@@ -81,10 +81,13 @@ def fisher_scores(
     return {name: score / max(n_targets, 1) for name, score in found.items()}
 
 
-def _gated(
+def row_gated(
     name: str, table: Tensor, mask: Tensor, gates: dict[str, Tensor]
 ) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-    """Return a hook that puts a gate of each row on each unit of an input ``(B, ..., I)``."""
+    """Return a hook that puts a gate of each row on each unit of an input ``(B, ..., I)``.
+
+    At each call it notes the new gate under its name in ``gates``.
+    """
     unit_of = torch.empty(table.numel(), dtype=torch.long)
     unit_of[table.flatten()] = torch.arange(len(table)).repeat_interleave(table.shape[1])
     unit_of = unit_of.to(mask.device)

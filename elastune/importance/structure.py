@@ -174,16 +174,20 @@ def unit_indices(block: Block, part: Part) -> Iterator[tuple[str, Literal[0, 1],
 
 @torch.no_grad()
 def _magnitude(model: PreTrainedModel) -> UnitScores:
+    return {name: score for block in blocks(model) for name, score in magnitude_of(block).items()}
+
+
+def magnitude_of(block: Block) -> UnitScores:
+    """Score the units of one block by magnitude."""
     found = {}
-    for block in blocks(model):
-        for part in PARTS:
-            total = torch.zeros(block.n_units(part))
-            for path, dim, table in unit_indices(block, part):
-                module = block.module.get_submodule(path)
-                if dim == 0 and is_linear(module):
-                    norms = weight_of(module).float().abs().sum(dim=1).cpu()
-                    total += norms[table].sum(dim=1)
-            found[f"layers.{block.index}.{part}"] = total
+    for part in PARTS:
+        total = torch.zeros(block.n_units(part))
+        for path, dim, table in unit_indices(block, part):
+            module = block.module.get_submodule(path)
+            if dim == 0 and is_linear(module):
+                norms = weight_of(module).float().abs().sum(dim=1).cpu()
+                total += norms[table].sum(dim=1)
+        found[f"layers.{block.index}.{part}"] = total
     return found
 
 
@@ -205,12 +209,13 @@ def _wanda(model: PreTrainedModel, passes: Passes) -> UnitScores:
             stack.callback(module.register_forward_pre_hook(observer(name)).remove)
         for batch in passes:
             passes.forward(batch)
-    found = {}
-    for name, module, table in ends:
-        columns = torch.linalg.vector_norm(weight_of(module), dim=0, dtype=torch.float32)
-        products = (columns.square() * squares[name]).cpu()
-        found[name] = products[table].sum(dim=1).sqrt()
-    return found
+    return {name: wanda_of(module, squares[name], table) for name, module, table in ends}
+
+
+def wanda_of(end: nn.Module, squares: Tensor, table: Tensor) -> Tensor:
+    """Score units by the projection that ends their half, and its inputs' summed squares."""
+    columns = torch.linalg.vector_norm(weight_of(end), dim=0, dtype=torch.float32)
+    return (columns.square() * squares).cpu()[table].sum(dim=1).sqrt()
 
 
 def _taylor(model: PreTrainedModel, passes: Passes) -> UnitScores:
@@ -221,33 +226,42 @@ def _taylor(model: PreTrainedModel, passes: Passes) -> UnitScores:
         for name, module, table in ends
     }
 
-    def gate(name: str) -> Hook:
-        def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return ((args[0] * gates[name]).to(args[0].dtype), *args[1:])
-
-        return multiply
-
     n_targets = 0
     with gradients_of(model, ()), torch.enable_grad(), ExitStack() as stack:
         for name, module, _ in ends:
-            stack.callback(module.register_forward_pre_hook(gate(name)).remove)
+            stack.callback(module.register_forward_pre_hook(gated(gates[name])).remove)
         for batch in passes:
             loss, targets = passes.loss(batch)
             loss.backward()
             n_targets += targets
-    found = {}
-    for name, _, table in ends:
-        gradient = gates[name].grad
-        if gradient is None:
-            raise BadData(f"the loss does not depend on {name}")
-        found[name] = (gradient.cpu() / max(n_targets, 1))[table].sum(dim=1).abs()
-    return found
+    return {name: taylor_of(name, gates[name], n_targets, table) for name, _, table in ends}
+
+
+def gated(gate: Tensor) -> Hook:
+    """Return a hook that puts a gate ``(I,)`` on the columns of a layer's input."""
+
+    def multiply(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return ((args[0] * gate).to(args[0].dtype), *args[1:])
+
+    return multiply
+
+
+def taylor_of(name: str, gate: Tensor, n_targets: int, table: Tensor) -> Tensor:
+    """Score units by the gradient of the gate on the columns that end their half."""
+    if gate.grad is None:
+        raise BadData(f"the loss does not depend on {name}")
+    return (gate.grad.cpu() / max(n_targets, 1))[table].sum(dim=1).abs()
 
 
 def unit_ends(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Yield each half's name, the projection that ends it, and the units' columns ``(U, k)``."""
     for block in blocks(model):
-        for part in PARTS:
-            ends = [block.record.roles[role] for role in _END_ROLES]
-            path, table = next((p, t) for p, _, t in unit_indices(block, part) if p in ends)
-            yield f"layers.{block.index}.{part}", block.module.get_submodule(path), table
+        yield from block_ends(block)
+
+
+def block_ends(block: Block) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Yield what `unit_ends` does, of one block."""
+    ends = [block.record.roles[role] for role in _END_ROLES]
+    for part in PARTS:
+        path, table = next((p, t) for p, _, t in unit_indices(block, part) if p in ends)
+        yield f"layers.{block.index}.{part}", block.module.get_submodule(path), table

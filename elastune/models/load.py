@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -14,6 +17,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -57,7 +61,8 @@ def load_model(
         name: a built-in name (``smollm2-135m``, ``minilm-l6``), a checkpoint folder, a ``.gguf``
             file (converted once, then cached) or a hub id. A ``Path`` is never a name.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        device: a torch device; None leaves the model on the CPU.
+        device: a torch device; None leaves the model on the CPU. ``"meta"`` reads no weights: the
+            model has names and shapes alone.
         head: None means ``"causal-lm"`` for decoders and ``"base"`` for encoders.
         num_labels: classes of a sequence-classification head; None keeps the checkpoint's.
         attn_implementation: as in transformers: ``"eager"``, ``"sdpa"``, ...
@@ -82,11 +87,29 @@ def load_model(
     if num_labels is not None:
         config.num_labels = num_labels
     options = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
-    model = _weights(source, head, config, dtype=DTYPES[dtype], **options)
+    if device == "meta":
+        model, device = _outline(source, head, config, DTYPES[dtype], attn_implementation), None
+    else:
+        model = _weights(source, head, config, dtype=DTYPES[dtype], **options)
     tokenizer = _tokenizer(source, trust_remote_code)
     _ensure_pad_token(model, tokenizer)
     model.eval()
     return (model if device is None else model.to(device)), tokenizer  # type: ignore[arg-type]
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """Return the folder that a model's safetensors files lie in; of the hub they are downloaded.
+
+    Raises:
+        BadArtifact: it is missing, incomplete or out of reach.
+    """
+    source = _resolve(name)
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise _explain(source, error) from error
 
 
 def _check_options(
@@ -148,6 +171,24 @@ def _config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(source, error) from error
+
+
+def _outline(
+    source: str, head: Head, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None
+) -> PreTrainedModel:
+    """Build a model without weights; buffers that are computed, such as frequencies, are there."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = _AUTO[head].from_config(
+                config, dtype=dtype, attn_implementation=attention
+            )
+    except (ValueError, KeyError, ImportError) as error:
+        raise _explain(source, error) from error
+    model.name_or_path = source
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # most checkpoints have no such file
+            model.generation_config = GenerationConfig.from_pretrained(source)
+    return model
 
 
 def _weights(source: str, head: Head, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

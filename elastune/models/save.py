@@ -38,6 +38,23 @@ def write_model(
         state: weights as they are to be stored, where that is not as the model has them.
     """
     model.save_pretrained(folder, state_dict=state)
+    _write_tokenizer(tokenizer, folder)
+
+
+def write_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write what `write_model` does but for the weights, which may be on the meta device."""
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    _write_tokenizer(tokenizer, folder)
+
+
+def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer, and spell it and the config so that older readers understand them."""
     # The template inside tokenizer_config.json is read by every version.
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     _repeat_rope_settings(folder / "config.json")
