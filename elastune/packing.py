@@ -44,17 +44,19 @@ def _within_sequences(
         raise RuntimeError("packed attention needs sequence_starts; leave packed_attention() first")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     grouped = query.shape[1] != key.shape[1]
+    lengths = [stop - start for start, stop in pairwise(sequence_starts)]
     parts = []
-    for start, stop in pairwise(sequence_starts):
-        length = stop - start
+    # Split, not sliced: a slice's gradient is as long as the whole row, and zero elsewhere.
+    pieces = (states.split(lengths, dim=2) for states in (query, key, value))
+    for length, q, k, v in zip(lengths, *pieces, strict=True):
         mask = None
         if sliding_window is not None and length > sliding_window:
             mask = _window_mask(length, sliding_window, causal, query.device)
         parts.append(
             scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, start:stop],
-                value[:, :, start:stop],
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=causal and mask is None,
