@@ -18,7 +18,7 @@ import yaml
 
 from elastune.config import Recipe, dump_recipe, make_recipe
 from elastune.errors import BadArtifact, BadRecipe
-from elastune.files import read_json, remove, write_json, write_text
+from elastune.files import read_json, refuse_links_outside, remove, write_json, write_text
 from elastune.inputs import source_hashes
 from elastune.yaml_text import parse_yaml
 
@@ -49,6 +49,7 @@ class RunDirectory:
         self.trials = self.search / "trials.json"
         self.journal = self.search / "study.journal"
         self.single_choices = self.search / "single_choices.jsonl"
+        self.estimated_losses = self.search / "estimated_losses.json"
         self.budgets = self.search / "budgets.json"
         self.targets = self.search / "targets.json"
         self.latency_table = self.search / "latency_table.json"
@@ -132,11 +133,13 @@ class RunDirectory:
 
         Raises:
             BadRecipe: another process holds it.
+        BadArtifact: a link in it leads out of it, so that a run would write elsewhere.
         """
         created = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
+        refuse_links_outside(self.root)
         path = self.root / ".lock"
-        with path.open("w") as file:
+        with open(path, "w", opener=_not_through_a_link) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not _is_at(path, file.fileno()):
@@ -236,6 +239,10 @@ class OthersRunDirectory(RunDirectory):
     def stage(self, name: str, inputs: str, *outputs: Path) -> Iterator[None]:
         """Run a stage of which the other process keeps the account."""
         yield
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

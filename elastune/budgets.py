@@ -10,11 +10,18 @@ from transformers import PreTrainedModel
 from elastune.allocate import allocate, single_choice_losses, uniform_config
 from elastune.cost import CostModel, model_cost
 from elastune.errors import BadRecipe
+from elastune.estimate_losses import estimate_choice_losses
 from elastune.files import read_json, write_json
+from elastune.heads import HEADS
+from elastune.likelihood import batches_by_length
 from elastune.objective import make_objective
+from elastune.outcomes import MAX_TOKENS
 from elastune.run import Run
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.supernet import SuperNetwork
+
+_BATCH_TOKENS = 2048
+"""Of a batch whose gradients are taken: activations of a training step are alive."""
 
 
 def allocate_budgets(run: Run) -> None:
@@ -113,6 +120,23 @@ def single_choices(
             path=run.dir.single_choices,
             progress=bar,
         )
+
+
+def estimated_choices(run: Run, net: SuperNetwork, probes: int) -> dict[str, dict[int, float]]:
+    """Estimate what each choice of each dim costs by itself, in nats per target."""
+    path = run.dir.estimated_losses
+    inputs = run.inputs("single choices", "estimated", probes)
+    if not run.dir.is_done("estimated losses", inputs):
+        task = run.task(run.recipe.task)
+        head = HEADS[task.head]
+        length = getattr(task, "max_length", MAX_TOKENS)
+        items = head.encode(run.splits.validation[:probes], run.tokenizer, length)
+        sizes = batches_by_length([head.length(item) for item in items], _BATCH_TOKENS)
+        batches = (head.collate([items[i] for i in batch]) for batch in sizes)
+        with run.dir.stage("estimated losses", inputs, path):
+            write_json(path, {"schema": 1, "losses": estimate_choice_losses(net, batches, head)})
+    found = read_json(path)["losses"]
+    return {name: {int(choice): of[choice] for choice in of} for name, of in found.items()}
 
 
 def cost_model(run: Run, net: SuperNetwork) -> CostModel:

@@ -1,21 +1,19 @@
 """What each choice of each dim loses by itself, estimated from one forward and backward pass.
 
 Measuring single choices takes a forward pass for each (`elastune.allocate`). Here all of them
-follow from the slopes of the loss of each example: with delta_i = sum_t <dL_i/dy_t, dy_t>, where dy
-is by how much a choice changes the output y of the module it concerns, the loss changes by about
+follow from slopes of the loss: with d_t = <dL/dy_t, dy_t>, where dy_t is by how much a choice
+changes the output y_t of the module it concerns at token t, the loss changes by about
 
-    1/2 sum_i delta_i^2,
+    sum_t d_t + 1/2 sum_t d_t^2,
 
-the second-order term with the empirical Fisher information for the Hessian (LeCun et al. 1990,
-optimal brain damage; Kwon et al. 2022, for the gates of transformers). Slopes of what one choice
-removes are added up before they are squared, so that units that make up for each other count as
-such. The first-order term is left out: its mean over few examples is mostly noise.
+a Taylor series to the second order with the empirical Fisher information for the Hessian (LeCun et
+al. 1990, optimal brain damage; Kwon et al. 2022, for the gates of transformers). What one choice
+removes is added up before it is squared, so that units that make up for each other count as such;
+each token stands for itself. Both terms are needed: on few examples, and for models that are not
+at a minimum, the first is the larger (docs/results.md).
 
-Estimates are of the right order, and their ratios are what a knapsack needs; their unit is that of
-the loss.
-
-Shapes: `B` rows of a batch, `T` tokens, `E` examples, `I` in features, `O` out features, `U` units
-of a half, `R` largest rank.
+Shapes: `B` rows of a batch, `T` tokens, `I` in features, `O` out features, `U` units of a half,
+`R` largest rank.
 """
 
 from __future__ import annotations
@@ -68,8 +66,8 @@ def estimate_choice_losses(
 
     Returns:
         Dim -> choice -> estimated increase of the mean loss per target over the largest
-        sub-network; never negative, 0 for the largest choice. Dims of kinds that are not in
-        `ESTIMATED_KINDS` are left out.
+        sub-network, 0 for the largest choice. Dims of kinds that are not in `ESTIMATED_KINDS` are
+        left out.
 
     Raises:
         BadData: there are no batches, or the loss does not depend on a dim's modules.
@@ -90,10 +88,10 @@ def estimate_choice_losses(
                 loss.backward()
             n_targets += targets
             for dim in dims:
-                sums[dim.name] += watch.slopes_of(dim.name).double().square().sum(dim=0).cpu()
+                sums[dim.name] += watch.change_of(dim.name)
     return {
         dim.name: {
-            choice: float(total) / 2 / max(n_targets, 1)
+            choice: float(total) / max(n_targets, 1)
             for choice, total in zip(dim.choices, sums[dim.name], strict=True)
         }
         for dim in dims
@@ -101,35 +99,23 @@ def estimate_choice_losses(
 
 
 class _Watch:
-    """The slopes of one batch: what each example's loss changes by, for each choice of each dim."""
+    """The slopes of one batch: what the loss changes by at each token, for each choice of a dim."""
 
     def __init__(self, batch: Mapping[str, Any]) -> None:
         self._n_rows = len(next(value for value in batch.values() if isinstance(value, Tensor)))
-        starts = batch.get("starts")
-        self._sequence = None
-        if starts is not None:  # sequences laid end to end
-            lengths = starts.long().diff()
-            numbers = torch.arange(len(lengths), device=starts.device)
-            self._sequence = numbers.repeat_interleave(lengths)
-            self._n_sequences = len(lengths)
         self._found: dict[str, Tensor] = {}
 
     def add(self, dim: str, slopes: Tensor) -> None:
-        """Add slopes of tokens, ``(B, T, choices)``, to those of their examples."""
-        # Models that cannot read them end to end are given a row for each sequence.
-        if self._sequence is None or len(slopes) > 1:
-            by_example = slopes.sum(dim=1)
-        else:
-            by_example = slopes.new_zeros(self._n_sequences, slopes.shape[-1])
-            by_example.index_add_(0, self._sequence.to(slopes.device), slopes[0])
-        by_example = by_example.float().cpu()
-        self._found[dim] = self._found[dim] + by_example if dim in self._found else by_example
+        """Add slopes ``(B, T, choices)`` of one of a dim's modules."""
+        slopes = slopes.float()
+        self._found[dim] = self._found[dim] + slopes if dim in self._found else slopes
 
-    def slopes_of(self, dim: str) -> Tensor:
-        """Return ``(E, choices)``."""
+    def change_of(self, dim: str) -> Tensor:
+        """Return the estimated change of the batch's loss, float64 ``(choices,)``."""
         if dim not in self._found:
             raise BadData(f"the loss does not depend on {dim}")
-        return self._found[dim]
+        slopes = self._found[dim].double()
+        return (slopes + slopes.square() / 2).sum(dim=(0, 1)).cpu()
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return ``(B, T, features)``; some families flatten rows and tokens."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from elastune.budgets import budgeted, single_choices
+from elastune.budgets import budgeted, estimated_choices, single_choices
 from elastune.files import read_json, write_json
 from elastune.inputs import stage_inputs
 from elastune.objective import make_objective
@@ -33,8 +33,6 @@ from elastune.search_limits import COSTS, QUALITIES, check_limits, quality_of
 from elastune.search_workers import other_workers
 from elastune.space import SearchSpace, SubnetConfig
 
-_WITH_LOSSES = ("auto", "milp")
-"""Algorithms that begin from single-choice losses."""
 _PROBES = 16  # examples of single choices where no section structure says how many
 _DRAWS = 2000
 
@@ -248,11 +246,13 @@ class SearchWork:
 
     @cached_property
     def _losses(self) -> dict[str, dict[int, float]] | None:
-        recipe = self.run.recipe
-        if not recipe.cuts_base or self.cfg.algorithm not in _WITH_LOSSES:
+        recipe, source = self.run.recipe, self.cfg.losses_from
+        probes = recipe.structure.probes if recipe.structure else _PROBES
+        if source == "estimated":
+            return estimated_choices(self.run, self.net, probes)
+        if source == "nothing" or not recipe.cuts_base:
             return None
         parts = SearchSpace([dim for dim in self.net.space.dims if dim.kind != "rank"])
-        probes = recipe.structure.probes if recipe.structure else _PROBES
         return single_choices(self.run, self.net, parts, probes)
 
 
