@@ -339,7 +339,8 @@ def _check_losses(space: SearchSpace, losses: Losses) -> None:
         missing = [choice for choice in known[name].choices if choice not in losses[name]]
         if missing:
             raise BadData(
-                f"{name}: no loss of {missing}; there are losses of {sorted(losses[name])}"
+                f"{name}: no loss of {missing}; there are losses of {sorted(losses[name])}",
+                try_="measure every choice of a dim: single_choice_losses does",
             )
     if not losses:
         raise BadData("there are no losses", try_="single_choice_losses measures them")

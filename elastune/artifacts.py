@@ -261,7 +261,10 @@ def check_schema(data: Any, path: Path) -> Any:
     """
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA:
-        raise BadArtifact(f"{path} has schema {found!r}, this version reads {SCHEMA}")
+        raise BadArtifact(
+            f"{path} has schema {found!r}, this version reads {SCHEMA}",
+            try_="the version of elastune that wrote it, or a new --out",
+        )
     return data
 
 

@@ -118,7 +118,8 @@ def _groups(
         fused = [f"{role} holds {', '.join(FUSED[role])}" for role in twice if role in FUSED]
         raise InvalidSpace(
             f"adapter.groups: {', '.join(twice)} stands in more than one group"
-            + (f" (in this family {'; '.join(fused)})" if fused else "")
+            + (f" (in this family {'; '.join(fused)})" if fused else ""),
+            try_="each projection in one group of adapter.groups",
         )
     grouped |= {role: (role,) for role in wanted if role not in placed}
     return {name: roles for name, roles in grouped.items() if roles}

@@ -208,9 +208,15 @@ def _given(model: PreTrainedModel, name: str, scores: Mapping[str, Tensor]) -> T
     layer = model.get_submodule(name.removesuffix(".weight"))
     shape = (out_features(layer), in_features(layer))
     if tuple(found.shape) != shape:
-        raise BadData(f"{name}: scores of shape {tuple(found.shape)} for weights of shape {shape}")
+        raise BadData(
+            f"{name}: scores of shape {tuple(found.shape)} for weights of shape {shape}",
+            try_="scores of this very model",
+        )
     if bool(found.isnan().any()):
-        raise BadData(f"{name}: {int(found.isnan().sum())} scores are not a number")
+        raise BadData(
+            f"{name}: {int(found.isnan().sum())} scores are not a number",
+            try_="other calibration batches; precision fp32 where a loss makes them",
+        )
     return found
 
 
@@ -261,7 +267,10 @@ def save_levels(path: str | Path, levels: WeightLevels, made_from: Mapping[str, 
     try:
         told = json.dumps({"versions": versions(), **made_from})
     except (TypeError, ValueError) as error:
-        raise BadData(f"what the levels were made from is not JSON: {error}") from None
+        raise BadData(
+            f"what the levels were made from is not JSON: {error}",
+            try_="strings, numbers, lists and mappings of them",
+        ) from None
     densities = json.dumps({name: list(found) for name, found in levels.densities.items()})
     header = {"format": _FORMAT, "made_from": told, "densities": densities}
     target = Path(path)

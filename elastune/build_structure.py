@@ -161,7 +161,10 @@ def _depth_dims(
     if depth is None:
         return []
     if isinstance(depth, str) and depth != "all":
-        raise InvalidSpace(f"depth is 'all' or a list of block numbers, got {depth!r}")
+        raise InvalidSpace(
+            f"depth is 'all' or a list of block numbers, got {depth!r}",
+            try_='depth="all", or depth=[8, 9]',
+        )
     if depth == "all":
         numbers = [block.index for block in found if block.fixed_depth is None]
         if not numbers:

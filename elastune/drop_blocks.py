@@ -38,10 +38,16 @@ def drop_blocks_(model: PreTrainedModel, numbers: Sequence[int]) -> PreTrainedMo
         raise InvalidSpace(f"there is no block {wrong}; blocks are 0 to {len(found) - 1}")
     for block in found:
         if block.index in gone and block.fixed_depth:
-            raise InvalidSpace(f"{block.name} cannot be left out: {block.fixed_depth}")
+            raise InvalidSpace(
+                f"{block.name} cannot be left out: {block.fixed_depth}",
+                try_="leave this block out of depth",
+            )
     kept = [block.index for block in found if block.index not in gone]
     if not kept:
-        raise InvalidSpace(f"all {len(found)} blocks would be left out: nothing remains")
+        raise InvalidSpace(
+            f"all {len(found)} blocks would be left out: nothing remains",
+            try_="keep one block at least",
+        )
     if gone:
         keep_blocks_(model, [block.name for block in found], kept)
     return model

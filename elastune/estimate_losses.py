@@ -113,7 +113,10 @@ class _Watch:
     def change_of(self, dim: str) -> Tensor:
         """Return the estimated change of the batch's loss, float64 ``(choices,)``."""
         if dim not in self._found:
-            raise BadData(f"the loss does not depend on {dim}")
+            raise BadData(
+                f"the loss does not depend on {dim}",
+                try_="a head whose loss uses it, or leave it out of the space",
+            )
         slopes = self._found[dim].double()
         return (slopes + slopes.square() / 2).sum(dim=(0, 1)).cpu()
 

@@ -50,7 +50,10 @@ def evaluate(
         BadData: no examples, or not enough text.
     """
     if not examples:
-        raise BadData(f"there are no examples of task {task.name!r} to evaluate on.")
+        raise BadData(
+            f"there are no examples of task {task.name!r} to evaluate on.",
+            try_="another split, a larger task.limit, or more data",
+        )
     started = time.perf_counter()
     kept = PredictionFile(predictions, key)
     plan = PREDICTORS[task.kind](

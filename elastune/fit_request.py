@@ -56,7 +56,8 @@ class Request:
             if limit.name in ("score", "loss", "error"):
                 raise BadRecipe(
                     f"--target {limit}: targets are on cost; how much quality may be lost is "
-                    "said by --max-drop"
+                    "said by --max-drop",
+                    try_="--max-drop POINTS for the quality, --target for costs alone",
                 )
             if limit.name not in COSTS:
                 raise BadRecipe(

@@ -125,7 +125,10 @@ def generate_each(
         return
     config: Any = model.config
     if config.is_encoder_decoder:
-        raise UnsupportedModel("generation needs a decoder-only model, not an encoder-decoder.")
+        raise UnsupportedModel(
+            "generation needs a decoder-only model, not an encoder-decoder.",
+            try_="a decoder, or a task of classification, regression or question answering",
+        )
     # An empty prompt still needs one token to predict from.
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else _pad_id(tokenizer)]
     encoded = tokenizer(list(prompts)).input_ids

@@ -231,7 +231,10 @@ def _unit_scores(name: str, score: Tensor, found: Sequence[Block]) -> np.ndarray
     values: np.ndarray = score.detach().double().cpu().numpy()
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise BadData(f"{name}: {bad} of {n} scores are not a finite number")
+        raise BadData(
+            f"{name}: {bad} of {n} scores are not a finite number",
+            try_="more calibration batches, or a smaller learning rate where scores are learnt",
+        )
     is_whole = part == "heads" and block.fixed_heads is not None
     return values.sum(keepdims=True) if is_whole and n else values
 

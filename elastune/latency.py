@@ -216,7 +216,8 @@ def _check_length(model: PreTrainedModel, conditions: Conditions) -> None:
     if longest is not None and length > longest:
         raise BadRecipe(
             f"{conditions.prompt_tokens} tokens and {conditions.new_tokens} new ones do not fit "
-            f"into the model's context of {longest}"
+            f"into the model's context of {longest}",
+            try_="fewer prompt tokens or new tokens",
         )
 
 

@@ -209,7 +209,9 @@ def table_error(
         conditions: those of the table by default.
     """
     if not configs:
-        raise BadRecipe("no sub-network was given to compare predictions with")
+        raise BadRecipe(
+            "no sub-network was given to compare predictions with", try_="a list of SubnetConfig"
+        )
     conditions = conditions or Conditions(**table.measured["conditions"])
     wanted = {"largest": net.space.largest()} | {str(i): c for i, c in enumerate(configs)}
     found = _measured(net, wanted, conditions, table.measured["clock"])

@@ -60,7 +60,10 @@ def peak_memory(
         BadRecipe: a name that cannot be imported, or work that failed; with its last words.
     """
     if prepare.count(":") != 1:
-        raise BadRecipe(f"work is named 'module:function', got {prepare!r}")
+        raise BadRecipe(
+            f"work is named 'module:function', got {prepare!r}",
+            try_="prepare='package.module:function'",
+        )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "peak.json"
@@ -79,7 +82,10 @@ def peak_memory(
             raise BadRecipe(f"{prepare} did not end within {timeout_s} s") from None
         if done.returncode or not answer.exists():
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise BadRecipe(f"{prepare} failed in a process of its own: {lines[-1]}")
+            raise BadRecipe(
+                f"{prepare} failed in a process of its own: {lines[-1]}",
+                try_="call the function in a process of your own to see why it fails",
+            )
         return PeakMemory(**json.loads(answer.read_text(encoding="utf-8")))
 
 

@@ -73,7 +73,10 @@ def merge_report(net: SuperNetwork, sub: Subnetwork) -> MergeReport:
         )
     off_grid = sum(row[4] for row in counts) if sub.grids else None
     if off_grid:
-        raise ElastuneError(f"{off_grid:,} merged weights are not on the INT4 grid of the base")
+        raise ElastuneError(
+            f"{off_grid:,} merged weights are not on the INT4 grid of the base",
+            try_="the grids that quantise_ returned for this very base",
+        )
     difference = (active - merged).abs()
     return MergeReport(
         base_zeros=sum(row[0] for row in counts),

@@ -154,7 +154,10 @@ def grid_of(weight: Tensor, group_size: int) -> Int4Grid:
 
 def _check(name: str, layer: nn.Module, group_size: int) -> None:
     if not isinstance(layer, nn.Linear):
-        raise BadRecipe(f"{name} is a {type(layer).__name__}: only nn.Linear can become INT4")
+        raise BadRecipe(
+            f"{name} is a {type(layer).__name__}: only nn.Linear can become INT4",
+            try_="leave the layer out of targets",
+        )
     if layer.weight.dtype != torch.float32:
         raise BadRecipe(
             f"{name} is {layer.weight.dtype}: the numbers of an INT4 grid are not exact in it",

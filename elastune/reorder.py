@@ -66,7 +66,10 @@ def reorder_(model: PreTrainedModel, scores: Mapping[str, Tensor]) -> dict[str, 
 def _order(name: str, score: Tensor, halves: Halves) -> Tensor:
     scored_half(name, score, halves)
     if bool(score.isnan().any()):
-        raise BadData(f"{name}: {int(score.isnan().sum())} of {len(score)} scores are not a number")
+        raise BadData(
+            f"{name}: {int(score.isnan().sum())} of {len(score)} scores are not a number",
+            try_="other calibration batches; precision fp32 where a loss makes them",
+        )
     return score.detach().cpu().argsort(descending=True, stable=True)
 
 
@@ -84,7 +87,10 @@ def scored_half(name: str, score: Tensor, halves: Halves) -> tuple[Block, Part]:
     block, part = halves[name]
     n = block.n_units(part)
     if tuple(score.shape) != (n,):
-        raise BadData(f"{name}: scores of shape {tuple(score.shape)} for {n} units")
+        raise BadData(
+            f"{name}: scores of shape {tuple(score.shape)} for {n} units",
+            try_="structure_scores of this very model",
+        )
     return block, part
 
 

@@ -158,7 +158,10 @@ def _short(value: Any) -> str:
 def _by_index(records: Sequence[Record]) -> dict[int, Record]:
     found = {record["index"]: record for record in records}
     if len(found) < len(records):
-        raise BadData(f"{len(records)} records have {len(found)} indices: some occur twice")
+        raise BadData(
+            f"{len(records)} records have {len(found)} indices: some occur twice",
+            try_="records of one evaluation, each example once",
+        )
     return found
 
 

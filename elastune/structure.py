@@ -130,7 +130,7 @@ class ElasticStructure:
     def _full_sizes_of(kind: str, members: Sequence[Block]) -> list[int]:
         sizes = {1 if kind == "depth" else full_size(block, kind) for block in members}
         if len(sizes) > 1:
-            raise InvalidSpace("blocks of different widths cannot share a dim")
+            raise InvalidSpace("blocks of different widths cannot share a dim", try_="shared=False")
         return list(sizes)
 
     def _choice(self, block: Block, dim: ElasticDim, choice: int) -> _Choice:
@@ -206,7 +206,10 @@ def check_choices(name: str, kind: str, choices: Sequence[int], block: Block) ->
     full = full_size(block, kind)
     for choice in choices:
         if choice > full:
-            raise InvalidSpace(f"{name}: {block.name} has {full} {_NOUNS[kind]}, not {choice}")
+            raise InvalidSpace(
+                f"{name}: {block.name} has {full} {_NOUNS[kind]}, not {choice}",
+                try_="choices up to the full size of the smallest block, or shared=False",
+            )
         if kind == "heads" and choice % block.heads_per_unit:
             per = block.heads_per_unit
             raise InvalidSpace(
@@ -240,7 +243,8 @@ def _check_weights(dim: ElasticDim, block: Block) -> None:
         if not can_slice(module):
             raise InvalidSpace(
                 f"{dim.name}: {block.name}.{weights.path} is a {type(module).__name__}, whose "
-                "weight cannot be cut"
+                "weight cannot be cut",
+                try_="a base in float32, bfloat16 or float16; packed weights cannot be cut",
             )
 
 
@@ -251,7 +255,8 @@ def _refuse_overlap(dims: Sequence[ElasticDim], of_dim: dict[str, list[Block]]) 
             other = seen.setdefault((dim.kind, block.index), dim.name)
             if other != dim.name:
                 raise InvalidSpace(
-                    f"{block.name} stands in two {dim.kind} dims: {other}, {dim.name}"
+                    f"{block.name} stands in two {dim.kind} dims: {other}, {dim.name}",
+                    try_="each block in one dim of a kind",
                 )
 
 

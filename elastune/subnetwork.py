@@ -77,7 +77,10 @@ def extract_model(net: SuperNetwork, config: SubnetConfig, *, merge: bool = True
     shapes = net.shapes(config)
     kept = tuple(index for index, shape in enumerate(shapes) if shape is not None)
     if not kept:
-        raise InvalidSubnet("every block of this sub-network is left out: nothing remains")
+        raise InvalidSubnet(
+            "every block of this sub-network is left out: nothing remains",
+            try_="keep one block at least",
+        )
     whole = net.blocks
     adapter = None
     with net.active(config):

@@ -254,9 +254,15 @@ def _largest_ranks(model: PreTrainedModel, space: SearchSpace) -> dict[str, int]
                     f"{dim.name}: the model has no module {name!r}{nearest(name, modules)}"
                 )
             if not is_linear(module):
-                raise InvalidSpace(f"{dim.name}: {name} is a {type(module).__name__}, not linear")
+                raise InvalidSpace(
+                    f"{dim.name}: {name} is a {type(module).__name__}, not linear",
+                    try_="the names of linear layers: architecture(model).linear_names(model)",
+                )
             if name in largest:
-                raise InvalidSpace(f"{name} stands in two dims; one rank cannot follow both")
+                raise InvalidSpace(
+                    f"{name} stands in two dims; one rank cannot follow both",
+                    try_="each module in one dim",
+                )
             largest[name] = dim.choices[0]
     return largest
 
@@ -284,13 +290,19 @@ def _check_keep(
         )
     for name in largest:
         if not can_slice(model.get_submodule(name)):
-            raise InvalidSpace(f"keep={keep}: the weight of {name} is packed, and cannot be merged")
+            raise InvalidSpace(
+                f"keep={keep}: the weight of {name} is packed, and cannot be merged",
+                try_="a base in float32, bfloat16 or float16",
+            )
         if keep == "int4" and name not in grids:
             raise InvalidSpace(
                 f"keep=int4: there is no grid of {name}", try_="grids=quantise_(model)"
             )
     if keep == "int4" and any(dim.kind in STRUCTURE_KINDS for dim in space.dims):
-        raise InvalidSpace("keep=int4 is of bases whose ranks and density alone are elastic")
+        raise InvalidSpace(
+            "keep=int4 is of bases whose ranks and density alone are elastic",
+            try_="keep='zeros' or 'nothing', or a space of ranks alone",
+        )
 
 
 def _embedding_dim(
@@ -308,7 +320,10 @@ def _embedding_dim(
             )
         check_ranks(dim.name, dim.choices, table)
     if len(dims) > 1:
-        raise InvalidSpace(f"{name} stands in two embedding dims: {dims[0].name}, {dims[1].name}")
+        raise InvalidSpace(
+            f"{name} stands in two embedding dims: {dims[0].name}, {dims[1].name}",
+            try_="one embedding dim",
+        )
     return table, dims[0]
 
 

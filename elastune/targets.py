@@ -157,7 +157,9 @@ def target_name(run: Run, limits: Sequence[Limit], name: str | None) -> str:
         raise BadRecipe(f"the name {name!r} must begin with a letter or digit")
     taken = {"largest", "heuristic", "smallest", "best", *run.recipe.baselines, *budgeted(run)}
     if text in taken or text.startswith((*ONLY_SCORED, "best-")):
-        raise BadRecipe(f"the name {text!r} is taken by another sub-network of the run")
+        raise BadRecipe(
+            f"the name {text!r} is taken by another sub-network of the run", try_="another --name"
+        )
     return text
 
 

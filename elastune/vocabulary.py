@@ -230,7 +230,9 @@ def _embedding_of(model: PreTrainedModel) -> nn.Embedding:
             "the embedding is factorised already", try_="trim the vocabulary first"
         )
     if not isinstance(embedding, nn.Embedding):
-        raise UnsupportedModel(f"a {type(model).__name__} has no embedding of tokens")
+        raise UnsupportedModel(
+            f"a {type(model).__name__} has no embedding of tokens", try_="a text model"
+        )
     return embedding
 
 
@@ -244,7 +246,8 @@ def _vocabulary_parameters(
         return found
     if head.weight.shape[0] != n_rows:
         raise UnsupportedModel(
-            f"the output head has {head.weight.shape[0]} rows, the embedding {n_rows}"
+            f"the output head has {head.weight.shape[0]} rows, the embedding {n_rows}",
+            try_="a model whose head and embedding have one vocabulary",
         )
     found.append((head, "weight"))
     path = next(name for name, module in model.named_modules() if module is head)

@@ -98,7 +98,8 @@ def check_density(
     for dim in dims:
         if dim.choices[0] > DENSE or dim.choices[-1] < 1:
             raise InvalidSpace(
-                f"{dim.name}: a density is a percentage, 1 to {DENSE}, got {dim.choices}"
+                f"{dim.name}: a density is a percentage, 1 to {DENSE}, got {dim.choices}",
+                try_="parts of the weights as whole percentages, such as 100, 70, 50",
             )
         if levels is None:
             raise InvalidSpace(
@@ -108,7 +109,10 @@ def check_density(
         for name in dim.modules:
             other = seen.setdefault(name, dim.name)
             if other != dim.name or dim.modules.count(name) > 1:
-                raise InvalidSpace(f"{name} stands in two density dims: {other}, {dim.name}")
+                raise InvalidSpace(
+                    f"{name} stands in two density dims: {other}, {dim.name}",
+                    try_="each layer in one dim",
+                )
             _check_module(model, dim, name, levels, prunable)
 
 

@@ -109,7 +109,10 @@ def write_gguf(
 
     held, architecture = for_llama_cpp(model)
     if held.frequency_factors is not None and architecture not in ("llama", "deci"):
-        raise UnsupportedModel(f"llama.cpp reads no rotary frequencies of {model.family} models")
+        raise UnsupportedModel(
+            f"llama.cpp reads no rotary frequencies of {model.family} models",
+            try_="format onnx, openvino or hf",
+        )
     writer = GGUFWriter(file, architecture)
     _settings(writer, held, weights, name)
     _vocabulary(writer, vocabulary)

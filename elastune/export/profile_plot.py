@@ -29,9 +29,14 @@ def refuse_plot(file: Path) -> None:
         BadRecipe: another kind of file, a folder that is missing, or matplotlib is.
     """
     if file.suffix.lower() not in _KINDS:
-        raise BadRecipe(f"a plot is a {', '.join(_KINDS)} file, got {file.name!r}")
+        raise BadRecipe(
+            f"a plot is a {', '.join(_KINDS)} file, got {file.name!r}", try_="--plot speeds.png"
+        )
     if not file.absolute().parent.is_dir():
-        raise BadRecipe(f"there is no folder {file.absolute().parent} for the plot")
+        raise BadRecipe(
+            f"there is no folder {file.absolute().parent} for the plot",
+            try_="make the folder first, or --plot in another",
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise BadRecipe(
             "plots need matplotlib, which is not installed", try_="pip install 'elastune[plot]'"

@@ -126,7 +126,10 @@ def check_gguf(folder: str | Path) -> Agreement:
     folder = Path(folder).absolute()
     about = read_json(folder / "export.json")
     if about.get("format") != "gguf":
-        raise BadArtifact(f"{folder} is an export of format {about.get('format')}, not gguf")
+        raise BadArtifact(
+            f"{folder} is an export of format {about.get('format')}, not gguf",
+            try_="elastune check takes an export of any format",
+        )
     missing = [n for n in (FILE, "reference.safetensors") if not (folder / n).is_file()]
     if missing:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
@@ -265,7 +268,9 @@ def _stored(folder: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(folder / "reference.safetensors")
     except Exception as error:
-        raise BadArtifact(f"{folder}/reference.safetensors cannot be read: {error}") from error
+        raise BadArtifact(
+            f"{folder}/reference.safetensors cannot be read: {error}", try_="export it again"
+        ) from error
 
 
 def _save(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -76,7 +76,10 @@ def fisher_scores(
             n_targets += targets
             for name, gate in gates.items():
                 if gate.grad is None:
-                    raise BadData(f"the loss does not depend on {name}")
+                    raise BadData(
+                        f"the loss does not depend on {name}",
+                        try_="a head whose loss uses it, or leave it out of the space",
+                    )
                 found[name] += gate.grad.square().sum(dim=0).cpu()
     return {name: score / max(n_targets, 1) for name, score in found.items()}
 

@@ -59,7 +59,9 @@ class Passes:
                 if self.progress is not None:
                     self.progress(done)
         if not done:
-            raise BadData("there are no calibration batches")
+            raise BadData(
+                "there are no calibration batches", try_="at least one batch of token ids"
+            )
 
     def counted(self, x: Tensor) -> Tensor:
         """Return the positions ``(tokens, I)`` of the current batch that are no padding."""
@@ -92,7 +94,10 @@ class Passes:
     def _batches(self) -> Iterator[dict[str, Any]]:
         if isinstance(self.inputs, Tensor):
             if self.inputs.dim() != 2:
-                raise BadData(f"token ids are (rows, tokens), got {tuple(self.inputs.shape)}")
+                raise BadData(
+                    f"token ids are (rows, tokens), got {tuple(self.inputs.shape)}",
+                    try_="a tensor of two dimensions: rows.reshape(-1, length)",
+                )
             for rows in row_batches(self.inputs, self.tokens_per_batch):
                 yield {"input_ids": rows.to(self.model.device)}
             return

@@ -70,6 +70,9 @@ class Ranking:
         for name, score in tensors.items():
             part, _, rest = name.partition("/")
             if part not in found:
-                raise BadArtifact(f"{path} holds {name!r}, no scores of heads or channels")
+                raise BadArtifact(
+                    f"{path} holds {name!r}, no scores of heads or channels",
+                    try_="the importance.safetensors of a run of this model",
+                )
             found[part][rest] = score
         return cls(found["order"], found["keep"])

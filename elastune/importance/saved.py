@@ -51,7 +51,10 @@ def save_scores(
     try:
         told = json.dumps({"versions": versions(), **made_from})
     except (TypeError, ValueError) as error:
-        raise BadData(f"what the scores were made from is not JSON: {error}") from None
+        raise BadData(
+            f"what the scores were made from is not JSON: {error}",
+            try_="strings, numbers, lists and mappings of them",
+        ) from None
     header = {"format": _FORMAT, "made_from": told, "shared": json.dumps(shared)}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -249,7 +249,10 @@ def gated(gate: Tensor) -> Hook:
 def taylor_of(name: str, gate: Tensor, n_targets: int, table: Tensor) -> Tensor:
     """Score units by the gradient of the gate on the columns that end their half."""
     if gate.grad is None:
-        raise BadData(f"the loss does not depend on {name}")
+        raise BadData(
+            f"the loss does not depend on {name}",
+            try_="a head whose loss uses it, or leave it out of the space",
+        )
     return (gate.grad.cpu() / max(n_targets, 1))[table].sum(dim=1).abs()
 
 

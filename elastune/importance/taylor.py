@@ -101,5 +101,8 @@ def _gradients(
             n_targets += targets
     missing = [name for name in weights if name not in total]
     if missing:
-        raise BadData(f"the loss does not depend on {missing[0]}")
+        raise BadData(
+            f"the loss does not depend on {missing[0]}",
+            try_="a head whose loss uses it, or leave it out of the space",
+        )
     return {name: gradient.div_(max(n_targets, 1)) for name, gradient in total.items()}

@@ -98,7 +98,10 @@ def llama_shaped(
             try_="format onnx, openvino or torch-export, which hold any model",
         )
     if config.hidden_act not in ("silu", "swish"):
-        raise UnsupportedModel(f"the activation {config.hidden_act!r} is not SiLU")
+        raise UnsupportedModel(
+            f"the activation {config.hidden_act!r} is not SiLU",
+            try_="another format, such as onnx or hf",
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     held = {name: tensor.detach() for name, tensor in state.items()}
     is_tied = bool(config.tie_word_embeddings)

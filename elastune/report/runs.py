@@ -83,7 +83,9 @@ def _stages(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     manifest = read_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("stages"), dict):
-        raise BadArtifact(f"{path} has no stages")
+        raise BadArtifact(
+            f"{path} has no stages", try_="the manifest.json of a run; run the recipe again"
+        )
     return dict(manifest["stages"])
 
 

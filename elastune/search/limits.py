@@ -228,7 +228,8 @@ def resolve(
             if low > high:
                 raise BadRecipe(
                     f"no {_SHORT[limit.name]} is >= {low:.10g} and <= {high:.10g}: "
-                    "the limits contradict each other"
+                    "the limits contradict each other",
+                    try_="leave one of them out",
                 )
             found[limit.name] = (low, high)
     return found
@@ -334,7 +335,9 @@ def _spelt(kind: _Kind) -> list[str]:
 def _finite(number: Decimal, text: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise BadRecipe(f"{_cut(text)!r}: the bound is too large")
+        raise BadRecipe(
+            f"{_cut(text)!r}: the bound is too large", try_="a bound below the full model's cost"
+        )
     return value
 
 

@@ -254,7 +254,10 @@ class HellaSwag(CommonsenseTask):
         text = f"{activity}: {row.text('ctx')}" if activity else row.text("ctx")
         endings, label = tuple(row.get("endings")), row.get("label")
         if label not in range(len(endings)):
-            raise BadData(f"{row.place}: label {label!r} is not the number of an ending (from 0).")
+            raise BadData(
+                f"{row.place}: label {label!r} is not the number of an ending (from 0).",
+                try_="number endings from 0, or a letter",
+            )
         return Question(text, endings, label)
 
     def choices(self, question: Question) -> tuple[str, tuple[str, ...], None]:
@@ -280,7 +283,10 @@ class WinoGrande(CommonsenseTask):
     def choices(self, question: Question) -> tuple[str, tuple[str, ...], tuple[int, ...]]:
         before, blank, after = question.text.partition("_")
         if not blank:
-            raise BadData(f"the winogrande sentence {question.text!r} has no blank (_).")
+            raise BadData(
+                f"the winogrande sentence {question.text!r} has no blank (_).",
+                try_="mark the place of the options with _",
+            )
         prompt = before.rstrip()
         filled = [before[len(prompt) :] + choice for choice in question.choices]
         choices = tuple(f"{text} {after.strip()}" for text in filled)

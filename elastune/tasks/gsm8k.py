@@ -32,7 +32,10 @@ class GSM8K(MathTask):
     def _from_row(self, row: Row) -> Example:
         rationale, mark, answer = row.text("answer").rpartition("####")
         if not mark:
-            raise BadData(f"{row.place}: the answer lacks its last line '#### <number>'.")
+            raise BadData(
+                f"{row.place}: the answer lacks its last line '#### <number>'.",
+                try_="end the answer with a line such as '#### 42'",
+            )
         answer = answer.strip()
         steps = _CALCULATOR_MARK.sub("", rationale).strip()
         return self.example(

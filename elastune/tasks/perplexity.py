@@ -67,7 +67,7 @@ class Perplexity(Task):
             return [_piece(row.text("text") + "\n\n") for row in read_rows(path)]
         text = read_text(path)
         if not text.strip():
-            raise BadData(f"{path} holds no text.")
+            raise BadData(f"{path} holds no text.", try_="a file with text")
         return _pieces(text)
 
 

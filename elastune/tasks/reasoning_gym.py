@@ -142,7 +142,8 @@ class ReasoningGym(Task):
         except (AssertionError, ValueError, TypeError, IndexError) as error:
             # Some options pass the package's own check and fail in its generator.
             raise BadRecipe(
-                f"reasoning_gym {self.dataset!r} cannot draw problems with {self.config}: {error}."
+                f"reasoning_gym {self.dataset!r} cannot draw problems with {self.config}: {error}.",
+                try_="other options in task.options; the package's documentation has them",
             ) from error
 
     def _create(self, *, size: int, seed: int) -> Any:
@@ -165,7 +166,8 @@ class ReasoningGym(Task):
             config.validate()
         except (AssertionError, ValueError, TypeError) as error:
             raise BadRecipe(
-                f"reasoning_gym {self.dataset!r} refuses {self.config}: {error}."
+                f"reasoning_gym {self.dataset!r} refuses {self.config}: {error}.",
+                try_="other options in task.options; the package's documentation has them",
             ) from error
         return dataset_class(config)
 
