@@ -9,11 +9,14 @@ asks for are counted, too. A front holds what was measured on all examples, neve
 - cost_to_match_nsga2: work until `auto` (cheap) has the hypervolume that plain nsga2 ends with, as
   a part of all of nsga2's; median over seeds, null where it never has. For the others by name.
 
+`milp` begins with single-choice losses that are measured one by one, `auto` with losses estimated
+from one backward pass over the same examples, counted as three evaluations of these.
+
 The super-network is that of a run directory, or else, for anyone, SmolLM2-135M whose feed-forward
 widths and heads are elastic, sorted by Wanda and not trained.
 
     python benchmarks/search_front.py [RUN] [--quick] [--trials 200] [--examples 256] [--probes 16]
-        [--seeds 0 1 2] [--algorithms random nsga2 milp auto] [--out FOLDER]
+        [--seeds 0 1 2] [--algorithms random nsga2 milp auto] [--shortest] [--out FOLDER]
 
 With --out each finished search is kept there, a killed benchmark goes on, and front.svg is drawn.
 """
@@ -42,6 +45,8 @@ from elastune.build_structure import structure_space
 from elastune.calibration_text import calibration_texts
 from elastune.cost import CostModel
 from elastune.data import calibration_rows
+from elastune.estimate_losses import estimate_choice_losses
+from elastune.heads import HEADS
 from elastune.importance.structure import structure_scores
 from elastune.models import load_model
 from elastune.objective import ValidationObjective, make_objective
@@ -55,7 +60,7 @@ from elastune.tasks import get_task
 
 COST = "block_macs"
 VALUES = ("loss", COST)
-WITH_LOSSES = ("auto", "milp")
+LOSSES_OF = {"auto": "estimated", "milp": "measured"}
 PLAIN: dict[str, Any] = {"cache": False, "reuse": False, "race": False}
 MODES: dict[str, dict[str, Any]] = {"plain": PLAIN, "cheap": {}}
 
@@ -105,7 +110,7 @@ def main() -> None:
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
     subject.objective("plain")(subject.net.space.largest())  # warms up
     kept = _Kept(args.out, _conditions(args))
-    losses: dict[str, tuple[Losses, float]] = {}
+    losses: dict[tuple[str, str], tuple[Losses, float]] = {}
     remembered = Remembered(subject.objective("plain"))
     for seed in args.seeds:
         for algorithm in args.algorithms:
@@ -114,10 +119,13 @@ def main() -> None:
                 if key in kept.rows:
                     continue
                 started = time.perf_counter()
-                if algorithm in WITH_LOSSES and mode not in losses:
-                    losses[mode] = _single_choices(subject, mode)
+                source = LOSSES_OF.get(algorithm, "")
+                if source and (source, mode) not in losses:
+                    make = _estimated if source == "estimated" else _measured
+                    losses[source, mode] = make(subject, mode)
                 objective = remembered if mode == "plain" else subject.objective(mode)
-                row = _search(subject, objective, algorithm, seed, losses.get(mode), args.trials)
+                begin = losses.get((source, mode))
+                row = _search(subject, objective, algorithm, seed, begin, args.trials)
                 kept.add(key, row)
                 console.print(
                     f"{key}: {sum(t[2] for t in row['trials']) + row['before']:.1f} evaluations, "
@@ -143,6 +151,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     known = ["random", "nsga2", "milp", "auto"]
     parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=known)
+    parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="one seed, 12 trials, 32 examples")
     args = parser.parse_args()
@@ -157,7 +166,10 @@ def _of_run(args: argparse.Namespace) -> Subject:
     net = run.load_supernet()
     count = cost_model(run, net)
     task = run.task(run.recipe.task)
-    examples = run.splits.validation[: args.examples]
+    examples = list(run.splits.validation)
+    if args.shortest:
+        examples.sort(key=lambda e: len(e.prompt + e.completion))
+    examples = examples[: args.examples]
     return Subject(net, run.tokenizer, task, examples, args.probes, lambda c: vars(count(c)))
 
 
@@ -175,8 +187,18 @@ def _untrained(args: argparse.Namespace) -> Subject:
     return Subject(net, tokenizer, task, chosen, args.probes, lambda c: vars(count(c)))
 
 
-def _single_choices(subject: Subject, mode: str) -> tuple[Losses, float]:
-    """Return single-choice losses, and the whole evaluations that they took."""
+def _estimated(subject: Subject, mode: str) -> tuple[Losses, float]:
+    """Return estimated single-choice losses, and the whole evaluations that they took."""
+    head = HEADS[subject.task.head]
+    length = getattr(subject.task, "max_length", 1024)
+    items = head.encode(subject.examples[: subject.probes], subject.tokenizer, length)
+    losses = estimate_choice_losses(subject.net, [head.collate(items)], head)
+    # A backward pass costs two forward passes.
+    return losses, 3 * len(items) / len(subject.examples)
+
+
+def _measured(subject: Subject, mode: str) -> tuple[Losses, float]:
+    """Return measured single-choice losses, and the whole evaluations that they took."""
     objective = subject.objective(mode, subject.probes)
     largest = subject.net.space.largest()
     parts = SearchSpace([dim for dim in subject.net.space.dims if dim.kind != "rank"])
@@ -201,7 +223,6 @@ def _search(
     trials: int,
 ) -> dict[str, Any]:
     """Search once; return the work before it, and loss, cost, work and fate of each trial."""
-    asks = algorithm in WITH_LOSSES and losses is not None
     found = search(
         subject.net.space,
         objective,
@@ -209,10 +230,10 @@ def _search(
         algorithm=algorithm,
         trials=trials,
         seed=seed,
-        known=Known(VALUES, subject.costs, losses[0] if asks and losses else None),
+        known=Known(VALUES, subject.costs, losses[0] if losses else None),
     )
     rows = [[t.values["loss"], t.values[COST], t.equivalents, t.dropped] for t in found.trials]
-    return {"before": losses[1] if asks and losses else 0.0, "trials": rows}
+    return {"before": losses[1] if losses else 0.0, "trials": rows}
 
 
 class _Kept:
@@ -241,7 +262,8 @@ class _Kept:
 def _conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return what searches must share to be compared."""
     subject = "smollm2-135m" if args.run is None else str(args.run.resolve())
-    return {"run": subject} | {n: getattr(args, n) for n in ("trials", "examples", "probes")}
+    names = ("trials", "examples", "probes", "shortest")
+    return {"run": subject} | {name: getattr(args, name) for name in names}
 
 
 def _curves(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from elastune.data import calibration_rows, encode_all, make_splits
     from elastune.drop_blocks import drop_blocks_
     from elastune.errors import ElastuneError
+    from elastune.estimate_losses import estimate_choice_losses
     from elastune.evaluate import evaluate, mean_loss
     from elastune.export import (
         Saved,
@@ -78,6 +79,7 @@ _HOMES = {
     "data": ("calibration_rows", "encode_all", "make_splits"),
     "drop_blocks": ("drop_blocks_",),
     "errors": ("ElastuneError",),
+    "estimate_losses": ("estimate_choice_losses",),
     "evaluate": ("evaluate", "mean_loss"),
     "export": (
         "Saved",
@@ -155,6 +157,7 @@ __all__ = [
     "cut_adapter",
     "drop_blocks_",
     "encode_all",
+    "estimate_choice_losses",
     "evaluate",
     "export_model",
     "extract",

@@ -321,7 +321,8 @@ def stages(
     probes = min(recipe.structure.probes, knobs.n_validation) if recipe.structure else 0
     n_choices = choice_count(recipe, facts)
     trial = SMALLER * knobs.n_validation * speed.score
-    prepared = n_choices * probes * each * FORWARD
+    is_estimated = recipe.search.losses_from == "estimated"
+    prepared = probes * each * (1 if is_estimated else n_choices * FORWARD)
     latencies = [v for n, v in facts.full.items() if n.startswith(("latency", "decode_latency"))]
     if any("latency" in name for name in request.costs):
         # Rounds of a prefill and a few tokens, of every choice.
