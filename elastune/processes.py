@@ -8,12 +8,14 @@ optimizer step (`average_gradients`), whatever sub-networks were drawn in it.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from elastune.errors import BadRecipe, ElastuneError
@@ -36,6 +38,7 @@ class _Group:
     joined: bool = False
     training: bool = False
     shards: bool = False
+    zero_stage: int = 0
 
 
 _group = _Group()
@@ -63,18 +66,20 @@ def join() -> None:
     """Meet the other processes; called by all of them, once.
 
     Raises:
-        BadRecipe: DeepSpeed was asked for, whose shards sub-networks cannot be cut from.
+        BadRecipe: only one process of those asked for was started; a stage of ZeRO was asked for
+            from whose shards sub-networks cannot be cut.
     """
-    if count() == 1 or _group.joined:
+    _refuse_lonely()
+    if _group.joined:
+        return
+    _group.zero_stage = _asked_zero_stage()
+    _group.shards = _is_set("ACCELERATE_USE_FSDP")
+    # Else the Trainer would hand over model and optimizer, adapters and all.
+    os.environ["ACCELERATE_USE_FSDP"] = os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    if count() == 1:  # shards would be whole
+        _group.zero_stage, _group.shards = 0, False
         return
     os.environ[_OWNER] = str(os.getpid())
-    if _is_set("ACCELERATE_USE_DEEPSPEED"):
-        raise BadRecipe(
-            "DeepSpeed was asked for: sub-networks cannot be cut from its shards",
-            try_="accelerate launch --use_fsdp for a base in shards, --multi_gpu for a whole one",
-        )
-    _group.shards = _is_set("ACCELERATE_USE_FSDP")
-    os.environ["ACCELERATE_USE_FSDP"] = "false"  # else the Trainer would shard, adapters and all
     import torch
     from accelerate import PartialState
 
@@ -89,6 +94,11 @@ def join() -> None:
 def shards_base() -> bool:
     """Tell whether a training is on whose frozen base is in shards (``--use_fsdp``)."""
     return _group.shards and _group.training
+
+
+def zero_stage() -> int:
+    """Return the stage of DeepSpeed's ZeRO that trains (``--use_deepspeed``): 1, 2, or 0: none."""
+    return _group.zero_stage if _group.training else 0
 
 
 def wait() -> None:
@@ -260,6 +270,45 @@ def _lost(reason: str) -> ElastuneError:
 
 def _on_end(*_: Any) -> None:
     raise _lost("the launcher ends them all")
+
+
+def _refuse_lonely() -> None:
+    """Refuse to be the one process that was started where several were asked for."""
+    alone = "WORLD_SIZE" not in os.environ and _OWNER not in os.environ
+    # It tells a single process where to meet the others, and starts none.
+    if alone and _is_set("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
+        raise BadRecipe(
+            "accelerate launch --cpu starts one process, whatever --num_processes says",
+            try_="torchrun --nproc_per_node 2 -m elastune ..., or accelerate launch --multi_gpu, "
+            "which takes CPUs where there are no GPUs; without --num_processes for one process",
+        )
+
+
+def _asked_zero_stage() -> int:
+    """Return the stage of ZeRO that accelerate was launched with; 0: DeepSpeed was not asked for.
+
+    Raises:
+        BadRecipe: a stage that shards the weights, or none.
+    """
+    if not _is_set("ACCELERATE_USE_DEEPSPEED"):
+        return 0
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        try:
+            settings = json.loads(Path(file).read_text(encoding="utf-8"))
+            stage = str(settings["zero_optimization"]["stage"])
+        except (OSError, ValueError, LookupError, TypeError):
+            raise BadRecipe(
+                f"no ZeRO stage can be read from {file}",
+                try_='a JSON file with {"zero_optimization": {"stage": 2}}, or --zero_stage 2',
+            ) from None
+    if stage not in ("1", "2"):
+        raise BadRecipe(
+            f"ZeRO stage {stage} was asked for, from whose shards no sub-networks can be cut",
+            try_="--zero_stage 2, which shards what the optimizer keeps, or accelerate launch "
+            "--use_fsdp for a frozen base in shards",
+        )
+    return int(stage)
 
 
 def _is_set(variable: str) -> bool:

@@ -25,14 +25,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer
 
 from elastune import processes
 from elastune.config import DistillConfig, TrainConfig
 from elastune.errors import BadRecipe, TrainingDiverged
 from elastune.heads import HEADS, Head, SoftTargets
 from elastune.length_groups import LengthGroups
-from elastune.processes import from_main, is_main, shards_base, wait
+from elastune.processes import from_main, is_main, shards_base, wait, zero_stage
 from elastune.sampling import Sampler
 from elastune.shards import shard_frozen_
 from elastune.step_log import NothingLeft, Progress, StepLog
@@ -45,6 +45,8 @@ from elastune.trained import (
     load_trained,
     save_trained,
 )
+from elastune.trainer_arguments import trainer_arguments
+from elastune.zero import ZeroOptimizer, check_zero
 
 _NUMBERS = "item_numbers"
 """Field of a batch that says which items are in it; no model sees it."""
@@ -112,6 +114,9 @@ def train(
     step = TrainStep(net.model, head, _distillation(net, items, sampler, cfg, teacher))
     if teacher is not None:
         teacher.hooks = teacher_hooks(step.hooks, teacher, cfg.distill)
+    if zero_stage():
+        trained = [p for p in step.parameters() if p.requires_grad]
+        check_zero(trained, net.space, sampler, cfg.precision)
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
     log = StepLog(folder / "train.jsonl", net.space, progress)
@@ -126,6 +131,7 @@ def train(
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = _SuperNetworkTrainer(net, step, sampler, cfg, log, items, folder, teacher)
+        stack.callback(trainer.close)
         started = time.monotonic()
         with suppress(NothingLeft):
             trainer.train(resume_from_checkpoint=from_main(lambda: last_checkpoint(folder)))
@@ -197,10 +203,11 @@ class _SuperNetworkTrainer(Trainer):
         self.step_log = log
         self.folder = folder
         self.teacher = teacher
+        self.zero: ZeroOptimizer | None = None
         self._micro_batch = (-1, 0)
         super().__init__(
             model=step,
-            args=_arguments(cfg, folder),
+            args=trainer_arguments(cfg, folder),
             data_collator=self._collate,
             train_dataset=list(enumerate(items)),  # type: ignore[arg-type]
             callbacks=[log],
@@ -246,6 +253,9 @@ class _SuperNetworkTrainer(Trainer):
                 group["params"] = [p for p in group["params"] if id(p) not in moved]
             for group in apart:
                 optimizer.add_param_group(group)
+        if is_new and zero_stage():
+            self.zero = ZeroOptimizer(optimizer, zero_stage(), self.args.max_grad_norm)
+            self.optimizer = optimizer = self.zero
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -282,7 +292,7 @@ class _SuperNetworkTrainer(Trainer):
                 loss = loss + scheduled.penalty() * (draw.weight / self.cfg.accumulation)
             if processes.count() == 1:
                 self._refuse_divergence(float(loss.detach()), step)
-            self.accelerator.backward(loss)
+            (self.accelerator if self.zero is None else self.zero).backward(loss)
             summed_losses += loss.detach()
         seen = inputs.get("attention_mask", inputs["input_ids"])
         tokens = int(seen.sum()) if "attention_mask" in inputs else seen.numel()
@@ -290,7 +300,7 @@ class _SuperNetworkTrainer(Trainer):
         loss_of_all, tokens_of_all = processes.total(float(summed_losses), tokens)
         mean = loss_of_all / self.args.world_size
         self._refuse_divergence(mean, step)  # by all processes at once
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self.zero is None:
             processes.average_gradients(self.step.parameters())
         self.step_log.add(mean, int(tokens_of_all) * len(draws), draws)
         return torch.tensor(mean, device=self.args.device)
@@ -336,50 +346,26 @@ class _SuperNetworkTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.net, folder)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip gradients, unless they are in shards, where a step does."""
+        return None if self.zero is not None else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return None if self.zero is not None else super()._get_grad_norm(model, grad_norm)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.zero is not None:
+            self.zero.gather()
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def close(self) -> None:
+        """Give the parameters back as they were."""
+        if self.zero is not None:
+            self.zero.close()
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_trained(self.net, Path(resume_from_checkpoint))
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Count nothing: the stock estimate ignores what is active."""
         return 0
-
-
-def _arguments(cfg: TrainConfig, folder: Path) -> TrainingArguments:
-    """Translate our settings into transformers' own."""
-    cuda = torch.cuda.is_available()
-    precision = cfg.precision
-    if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and not cuda:
-        raise BadRecipe(
-            "train.precision=fp16 needs a GPU, and there is none here", try_="fp32 or bf16"
-        )
-    found = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=cfg.epochs,
-        max_steps=cfg.max_steps or -1,
-        per_device_train_batch_size=cfg.batch_size,
-        gradient_accumulation_steps=cfg.accumulation,
-        learning_rate=cfg.full_learning_rate if cfg.update == "full" else cfg.learning_rate,
-        lr_scheduler_type=cfg.schedule,
-        warmup_steps=cfg.warmup,
-        weight_decay=cfg.weight_decay,
-        max_grad_norm=cfg.max_grad_norm,
-        use_cpu=precision == "bf16" and not cuda,  # asked for bf16 here, the Trainer insists
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        save_strategy="steps",
-        save_steps=cfg.checkpoint_every,
-        save_total_limit=2,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=list(cfg.report_to) or "none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=cuda,
-        seed=cfg.seed or 0,
-        data_seed=cfg.seed or 0,
-    )
-    found._n_gpu = min(found.n_gpu, 1)  # replicas within a process cannot follow what is activated
-    return found
