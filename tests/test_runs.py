@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -107,3 +108,15 @@ def test_space_shows_the_ends_with_the_cost_that_the_saved_models_have(runs: Pat
         thousands = rows[name]["params"] / 1e3
         assert f"{thousands:.2f}" in line
     assert json.loads(cli("space", runs / "a", "--json").stdout)["dims"]
+
+
+def test_a_narrow_terminal_keeps_the_scores_whole(runs: Path) -> None:
+    rows = [read_run(folder) for folder in find_runs([runs])]
+    screen = Console(width=80, file=io.StringIO())
+    screen.print(runs_table(rows))
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    row = rows[0]["systems"][0]
+    percent = f"{100 * row['score']:.1f} ± {100 * row['stderr']:.1f}"
+    assert percent in shown
+    assert "done, " in shown
+    assert "…" not in shown

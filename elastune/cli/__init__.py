@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def main() -> None:
     """Entry point of the console script."""
     # Threads that wait by spinning cost a multiple of the time as soon as a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # It warns of kernels for 4-bit weights whenever it is imported, whatever is to be done.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not processes.is_main():
         follow()
         return

@@ -129,7 +129,7 @@ def shown_systems(run: Mapping[str, Any], only: Sequence[str] | None) -> list[Sy
 
 
 def runs_table(runs: Sequence[Mapping[str, Any]], only: Sequence[str] | None = None) -> Table:
-    """Make a terminal table: a row for each system of each run, the run's facts on its first."""
+    """Make a terminal table: a row for each system of each run, the run's facts beside them."""
     shown = [(run, shown_systems(run, only)) for run in runs]
     every = [system for _, some in shown for system in some]
     columns = first_columns(every)
@@ -138,19 +138,23 @@ def runs_table(runs: Sequence[Mapping[str, Any]], only: Sequence[str] | None = N
     costs = [c for c in _COSTS if any(getattr(system, c) is not None for system in every)]
     made = {cost: cost_texts(cost, [getattr(s, cost) for s in every]) for cost in costs}
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("run", "state", "took", "system"):
-        table.add_column(title, overflow="fold")
+    # Where a terminal is too narrow it is the folder's name that is broken, not a number.
+    table.add_column("run", overflow="fold", min_width=16)
+    table.add_column("system", no_wrap=True)
     for column in columns:
-        table.add_column(Text(f"{column.task}\n{column.title}"), justify="right")
+        title = "\n".join([column.task.replace(":", ":\n"), column.title])
+        table.add_column(Text(title), justify="right", no_wrap=True)
     for cost, (prefix, _) in made.items():
-        table.add_column(Text(cost + (f"\n({prefix})" if prefix else "")), justify="right")
+        title = cost.replace("_ms", "\n(ms)") + (f"\n({prefix})" if prefix else "")
+        table.add_column(Text(title), justify="right", no_wrap=True)
     place = 0
     for run, some in shown:
-        facts = [run["run"], run["state"], duration(run["seconds"])]
         systems_: Sequence[System | None] = some or [None]
-        for system in systems_:
-            cells = [*facts, system.name if system else DASH]
-            facts = ["", "", ""]
+        facts = [run["run"], f"{run['state']}, {duration(run['seconds'])}"]
+        facts = facts if len(systems_) > 1 else ["\n".join(facts)]
+        facts += [""] * (len(systems_) - len(facts))
+        for system, fact in zip(systems_, facts, strict=True):
+            cells = [fact, system.name if system else DASH]
             if system is not None:
                 values = [system.values.get(column) for column in columns]
                 cells += [
@@ -171,7 +175,7 @@ def differences_table(runs: Sequence[Mapping[str, Any]]) -> Table | None:
     names = list(found)[:_SETTINGS]
     more = f", the first {_SETTINGS} of {len(found)}" if len(found) > _SETTINGS else ""
     table = Table(title=Text(f"settings that differ{more}"), box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("setting")
+    table.add_column("setting", no_wrap=True)
     for run in runs:
         table.add_column(Text(Path(run["run"]).name), overflow="fold")
     for name in names:
