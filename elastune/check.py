@@ -9,12 +9,16 @@ from transformers.integrations import get_available_reporting_integrations
 from elastune.budgets import check_budgets
 from elastune.errors import BadData, BadRecipe, nearest
 from elastune.finetune import net_space
+from elastune.generate import check_context
 from elastune.heads import HEADS
 from elastune.models import architecture
 from elastune.run import Run
 from elastune.search.stored import check_storage
 from elastune.search_limits import check_limits
 from elastune.tasks import Task
+
+_LONGEST = 64
+"""Prompts that are tokenised to find the longest: those of the most characters."""
 
 
 def check(run: Run) -> None:
@@ -37,6 +41,7 @@ def check(run: Run) -> None:
     )
     check_budgets(run, model, space)
     _check_examples(run)
+    _check_prompts(run, model)
     _check_teacher(run)
     if run.recipe.method != "finetune" or any("sparse" in name for name in run.recipe.baselines):
         _check_sparsity(run, model)
@@ -96,6 +101,17 @@ def _check_examples(run: Run) -> None:
         f"{len(splits.train)} training, {len(splits.validation)} validation and {report} report "
         "examples; no question in two splits"
     )
+
+
+def _check_prompts(run: Run, model: PreTrainedModel) -> None:
+    """See that the longest prompts that are to be answered leave room for the answer."""
+    for cfg in run.recipe.report_tasks:
+        task = run.task_of(cfg)
+        if task.kind == "generation":
+            prompts = {example.prompt for example in run.report_examples(cfg)}
+            longest = sorted(prompts, key=len)[-_LONGEST:]
+            tokens = max(map(len, run.tokenizer(longest).input_ids), default=0)
+            check_context(model.config, tokens, task.max_new_tokens)
 
 
 def _check_teacher(run: Run) -> None:

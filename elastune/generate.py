@@ -135,7 +135,7 @@ def generate_each(
     rows = [_Row(i, list(ids) or start) for i, ids in enumerate(encoded)]
     # Longest first: a batch that does not fit into memory fails at once, not after hours.
     rows.sort(key=lambda row: -len(row.prompt_ids))
-    _check_context(config, len(rows[0].prompt_ids), max_new_tokens)
+    check_context(config, len(rows[0].prompt_ids), max_new_tokens)
     decoder = _Decoder(model, tokenizer, max_new_tokens, is_finished, settle_ties)
     with evaluating(model):
         for row in decoder.run(rows, batch_tokens, max_batch):
@@ -285,7 +285,12 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _check_context(config: Any, n_prompt: int, max_new_tokens: int) -> None:
+def check_context(config: Any, n_prompt: int, max_new_tokens: int) -> None:
+    """See that a prompt of so many tokens and its answer fit into the model's positions.
+
+    Raises:
+        BadRecipe: they do not.
+    """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context is not None and n_prompt + max_new_tokens > context:
         raise BadRecipe(

@@ -154,6 +154,10 @@ REFUSALS: dict[str, tuple[list[str], list[str]]] = {
     "completions that do not fit": (["train.max_length=4"], ["within 4 tokens", "max_length"]),
     "half precision without a GPU": (["train.precision=fp16"], ["needs a GPU", "try: fp32"]),
     "unknown tracker": (["train.report_to=nobody"], ["no tracker 'nobody'", "try: "]),
+    "answers beyond the context": (
+        ["task.options.max_new_tokens=300"],
+        ["with max_new_tokens=300 it exceeds the model's context of 256", "try: lower"],
+    ),
     "chat without a template": (["task.template=chat"], ["chat"]),
 }
 
