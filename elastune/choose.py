@@ -212,7 +212,8 @@ def named_config(space: SearchSpace, text: str) -> SubnetConfig:
         return named[text]()
     if not text.lstrip().startswith("{"):
         raise BadRecipe(
-            f"{text!r} is neither {', '.join(named)}, best nor a JSON object of dim -> choice"
+            f"{text!r} is neither {', '.join(named)}, best nor a JSON object of dim -> choice",
+            try_="elastune runs RUN shows the names; JSON names every dim of RUN/space.json",
         )
     config = SubnetConfig.from_json(text)
     space.check(config)

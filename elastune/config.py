@@ -254,7 +254,10 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     try:
         data = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise BadRecipe(f"{path} is not valid YAML: {error}") from error
+        raise BadRecipe(
+            f"{path} is not valid YAML: {error}",
+            try_="look at that line: indent by blanks, quote values with ': ' or '#'",
+        ) from error
     if not isinstance(data, dict):
         raise BadRecipe(f"{path} is not a recipe: it must be a YAML mapping of settings")
     for override in overrides:
@@ -296,13 +299,19 @@ def apply_override(data: dict[str, Any], override: str) -> None:
         if isinstance(inner, str):  # a shorthand such as `task: gsm8k`
             inner = {"name": inner}
         if inner is not None and not isinstance(inner, dict):
-            raise BadRecipe(f"--set {override!r}: {section!r} has no keys of its own")
+            raise BadRecipe(
+                f"--set {override!r}: {section!r} has no keys of its own",
+                try_="a setting of it: elastune --install-completion lists them behind --set",
+            )
         place[section] = inner = dict(inner or {})
         place = inner
     try:
         place[last] = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise BadRecipe(f"--set {override!r}: the value is not valid YAML") from error
+        raise BadRecipe(
+            f"--set {override!r}: the value is not valid YAML",
+            try_="quotes around the whole: --set 'structure.ffn=[1.0, 0.5]'",
+        ) from error
 
 
 def _explain(item: Any) -> str:

@@ -103,7 +103,10 @@ def _refused(error: HfHubHTTPError, repo_id: str) -> ElastuneError:
             try_=f"a token with the right to write: {_TOKEN}",
         )
     said = error.server_message or str(error).splitlines()[0]
-    return ElastuneError(f"the hub refused the upload to {repo_id}: {said}")
+    return ElastuneError(
+        f"the hub refused the upload to {repo_id}: {said}",
+        try_="a token with the right to write there: HF_TOKEN, or the hub's login",
+    )
 
 
 def complete_export(folder: str | Path) -> tuple[str, ...]:
@@ -172,7 +175,9 @@ def _check_adapter(folder: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
     except (SafetensorError, OSError) as error:
-        raise BadArtifact(f"{file} is truncated or corrupt: {error}") from error
+        raise BadArtifact(
+            f"{file} is truncated or corrupt: {error}", try_="export it again"
+        ) from error
     if not names:
         raise BadArtifact(f"{file} holds no tensors", try_="write the adapter again")
 

@@ -83,7 +83,10 @@ class SubnetConfig(Mapping[str, int]):
         try:
             choices = json.loads(text)
         except json.JSONDecodeError as error:
-            raise InvalidSubnet(f"a sub-network is a JSON object, got {text[:80]!r}") from error
+            raise InvalidSubnet(
+                f"a sub-network is a JSON object, got {text[:80]!r}",
+                try_='dim -> choice, such as {"layers.0.ffn": 512}',
+            ) from error
         if not isinstance(choices, dict):
             raise InvalidSubnet(f"a sub-network maps dim names to whole numbers, got {text[:80]!r}")
         return cls(choices)
@@ -123,7 +126,10 @@ class ElasticDim:
         if self.choices[-1] < 0:
             raise InvalidSpace(f"{self.name}: choices cannot be negative, got {self.choices}")
         if not self.modules:
-            raise InvalidSpace(f"{self.name}: no module shares this dim")
+            raise InvalidSpace(
+                f"{self.name}: no module shares this dim",
+                try_="the names of the modules that it cuts",
+            )
 
     @property
     def middle(self) -> int:
@@ -217,7 +223,10 @@ class SearchSpace:
     def decode(self, indices: Sequence[int]) -> SubnetConfig:
         """Return the configuration whose dims take the choices at ``indices``."""
         if len(indices) != len(self.dims):
-            raise InvalidSubnet(f"{len(indices)} indices given for {len(self.dims)} dims")
+            raise InvalidSubnet(
+                f"{len(indices)} indices given for {len(self.dims)} dims",
+                try_="one index for every dim, in the order of the space",
+            )
         for dim, index in zip(self.dims, indices, strict=True):
             if not 0 <= index < len(dim.choices):
                 raise InvalidSubnet(f"{dim.name}: index {index} of {len(dim.choices)} choices")
@@ -271,7 +280,10 @@ class SearchSpace:
         try:
             return cls([_dim_from_dict(row) for row in data["dims"]])
         except (KeyError, TypeError, InvalidSubnet) as error:
-            raise InvalidSpace(f"not a search space: {error!r}") from error
+            raise InvalidSpace(
+                f"not a search space: {error!r}",
+                try_="RUN/space.json, or the dict that SearchSpace.to_dict gives",
+            ) from error
 
 
 def _dim_from_dict(row: Mapping[str, Any]) -> ElasticDim:

@@ -93,7 +93,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BadArtifact(f"{file} cannot be read: {error}", try_="copy it again") from error
     if not isinstance(config, dict):
-        raise BadArtifact(f"{file} holds a {type(config).__name__}, not an object")
+        raise BadArtifact(
+            f"{file} holds a {type(config).__name__}, not an object",
+            try_="save the adapter again with PEFT's save_pretrained",
+        )
     _refuse_other_kinds(config)
     return config
 
@@ -192,7 +195,10 @@ def _paired(
             try_="copy it again",
         )
     if not names:
-        raise BadArtifact("the adapter holds no lora_A and lora_B of any module")
+        raise BadArtifact(
+            "the adapter holds no lora_A and lora_B of any module",
+            try_="a folder that PEFT's save_pretrained wrote for a LoRA",
+        )
     rest = {n: t for n, t in tensors.items() if not n.endswith((_A, _B))}
     strange = [n for n in rest if ".lora_" in n]
     if strange:
@@ -220,7 +226,10 @@ def _check_module(
         )
     wanted = in_features(module), out_features(module)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise BadArtifact(f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together")
+        raise BadArtifact(
+            f"{name}: A {tuple(a.shape)} and B {tuple(b.shape)} do not fit together",
+            try_="save the adapter again, or take an earlier checkpoint of it",
+        )
     if (a.shape[1], b.shape[0]) != wanted:
         raise BadArtifact(
             f"{name}: the adapter is for {a.shape[1]} in and {b.shape[0]} out features, the model "
@@ -228,7 +237,10 @@ def _check_module(
             try_="the model it was trained on",
         )
     if not (a.isfinite().all() and b.isfinite().all()):
-        raise BadArtifact(f"{name}: the adapter's weights are not all finite")
+        raise BadArtifact(
+            f"{name}: the adapter's weights are not all finite",
+            try_="an earlier checkpoint of the adapter: its training diverged",
+        )
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:

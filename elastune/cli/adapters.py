@@ -43,7 +43,10 @@ def adapter(
             try:
                 lines = calibration.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
-                raise BadData(f"the calibration text cannot be read: {error}") from error
+                raise BadData(
+                    f"the calibration text cannot be read: {error}",
+                    try_="a text file in UTF-8, a text a line",
+                ) from error
             texts = [line for line in lines if line.strip()]
         found = cut_adapter(
             source, out, model=model, energy=energy, rank=rank, target=target, calibration=texts

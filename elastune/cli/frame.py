@@ -64,7 +64,10 @@ def opened(
 
     if source.is_dir():
         if out is not None and out != source:
-            raise BadRecipe(f"{source} is a run directory already; --out {out} cannot apply")
+            raise BadRecipe(
+                f"{source} is a run directory already; --out {out} cannot apply",
+                try_="leave --out out, or give the recipe instead of the run",
+            )
         directory = RunDirectory(source)
         directory.recipe()
         recipe = load_recipe(directory.recipe_file, overrides or [])

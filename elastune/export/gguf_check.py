@@ -70,7 +70,10 @@ def run_fresh(folder: Path) -> Found:
         if done.returncode != 0 or not (out / "found.json").is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines and done.returncode == 1 else f"exit code {done.returncode}"
-            raise ElastuneError(f"llama.cpp cannot run what was exported: {said}")
+            raise ElastuneError(
+                f"llama.cpp cannot run what was exported: {said}",
+                try_="a newer llama.cpp or xllamacpp; format onnx or hf-padded loads elsewhere",
+            )
         found = json.loads((out / "found.json").read_text(encoding="utf-8"))
         chat = found.get("chat")
         arrays = load_file(out / "found.safetensors")

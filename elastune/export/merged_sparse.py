@@ -176,7 +176,7 @@ def _fresh_counts(folder: Path, auto: str) -> dict[str, int]:
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"
-            raise ElastuneError(f"{folder.name} cannot be loaded: {said}")
+            raise ElastuneError(f"{folder.name} cannot be loaded: {said}", try_="export it again")
         counts: dict[str, int] = read_json(out)
         return counts
 
@@ -216,7 +216,10 @@ def _record(folder: Path, found: Mapping[str, Zeros], auto: str) -> dict[str, An
                     }
     short = [n for n, zeros in found.items() if n in tensors and tensors[n]["zeros"] < zeros.merged]
     if short:
-        raise ElastuneError(f"{', '.join(short[:4])} lost zeros when the model was written")
+        raise ElastuneError(
+            f"{', '.join(short[:4])} lost zeros when the model was written",
+            try_="free disk space, and export it again",
+        )
     return {
         "elastune": __version__,
         "format": "merged-sparse",

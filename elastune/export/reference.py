@@ -110,7 +110,10 @@ def run_fresh(folder: Path) -> Arrays:
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"
-            raise ElastuneError(f"the runtime cannot run what was exported: {said}")
+            raise ElastuneError(
+                f"the runtime cannot run what was exported: {said}",
+                try_="a newer version of the runtime, or another format",
+            )
         return load_file(out)
 
 
@@ -237,7 +240,10 @@ def _pairs(
             name = f"case{number}.{output}"
             wanted, got = expected[name], found[name]
             if wanted.shape != got.shape:
-                raise ElastuneError(f"{output} have shape {got.shape} in place of {wanted.shape}")
+                raise ElastuneError(
+                    f"{output} have shape {got.shape} in place of {wanted.shape}",
+                    try_="export it again with the installed versions",
+                )
             is_per_token = mask is not None and wanted.shape[:2] == mask.shape
             if is_per_token and (about["generates"] or wanted.ndim == 3 or "_" in output):
                 wanted, got = wanted[mask == 1], got[mask == 1]

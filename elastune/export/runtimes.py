@@ -151,7 +151,9 @@ def check_graph(folder: str | Path) -> Agreement:
     try:
         expected = load_file(folder / "reference.safetensors")
     except Exception as error:
-        raise BadArtifact(f"{folder}/reference.safetensors cannot be read: {error}") from error
+        raise BadArtifact(
+            f"{folder}/reference.safetensors cannot be read: {error}", try_="export it again"
+        ) from error
     found = run_fresh(folder)
     _judge(about, expected, found)
     said = "the export, by too little to show in its outputs"

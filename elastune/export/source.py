@@ -159,4 +159,7 @@ def load_any(folder: Path) -> PreTrainedModel:
                     folder, dtype=torch.float32, use_safetensors=True
                 )
                 return model
-    raise UnsupportedModel(f"{folder} holds a {wanted}, which no class here loads")
+    raise UnsupportedModel(
+        f"{folder} holds a {wanted}, which no class here loads",
+        try_="a model with a head for language modelling, classification or question answering",
+    )

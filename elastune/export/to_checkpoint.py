@@ -241,7 +241,9 @@ def _proved(folder: Path, about: Any) -> float:
     try:
         expected = load_file(folder / "reference.safetensors")
     except Exception as error:
-        raise BadArtifact(f"{folder}/reference.safetensors cannot be read: {error}") from error
+        raise BadArtifact(
+            f"{folder}/reference.safetensors cannot be read: {error}", try_="export it again"
+        ) from error
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "found.safetensors"
         command = [sys.executable, "-IB", checkpoint_run.__file__, str(folder), str(out)]
@@ -251,7 +253,10 @@ def _proved(folder: Path, about: Any) -> float:
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"
-            raise ElastuneError(f"transformers cannot load what was exported: {said}")
+            raise ElastuneError(
+                f"transformers cannot load what was exported: {said}",
+                try_="the version of transformers that it was written with: elastune doctor",
+            )
         found = load_file(out)
     worst = max(float((expected[n] - found[n]).abs().max()) for n in about["outputs"])
     largest = max(float(expected[n].abs().max()) for n in about["outputs"])

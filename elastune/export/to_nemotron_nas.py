@@ -124,7 +124,10 @@ def check_nemotron_nas(folder: str | Path) -> float:
     folder = Path(folder).absolute()
     about = read_json(folder / "export.json")
     if about.get("format") != "nemotron-nas":
-        raise BadArtifact(f"{folder} is an export of format {about.get('format')}")
+        raise BadArtifact(
+            f"{folder} is an export of format {about.get('format')}",
+            try_="elastune check takes an export of any format",
+        )
     missing = [name for name in about["sha256"] if not (folder / name).is_file()]
     if missing:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_="export it again")
@@ -259,7 +262,9 @@ def _proved(folder: Path) -> float:
     try:
         expected = load_file(folder / "reference.safetensors")["logits"]
     except Exception as error:
-        raise BadArtifact(f"{folder}/reference.safetensors cannot be read: {error}") from error
+        raise BadArtifact(
+            f"{folder}/reference.safetensors cannot be read: {error}", try_="export it again"
+        ) from error
     found = _fresh_logits(folder)
     worst = float((expected - found).abs().max())
     allowed = _TOLERANCE * max(1.0, float(expected.abs().max()) / 10)
@@ -281,7 +286,10 @@ def _fresh_logits(folder: Path) -> torch.Tensor:
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"
-            raise ElastuneError(f"the checkpoint cannot be read as it was written: {said}")
+            raise ElastuneError(
+                f"the checkpoint cannot be read as it was written: {said}",
+                try_="free disk space, and export it again",
+            )
         return load_file(out)["logits"]
 
 

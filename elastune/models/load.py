@@ -282,7 +282,10 @@ def _explain(source: str, error: Exception) -> ElastuneError:
             f"folder, a .gguf file, or one of {', '.join(BUILTIN)}",
         )
     if isinstance(error, OSError):
-        return BadArtifact(f"{source!r} cannot be loaded: {_first_line(error)}")
+        return BadArtifact(
+            f"{source!r} cannot be loaded: {_first_line(error)}",
+            try_="a checkpoint that the installed transformers loads",
+        )
     return UnsupportedModel(
         f"{source!r} cannot be loaded with these options: {_first_line(error)}",
         try_="see whether its config.json names a model type, head and attention that "

@@ -98,11 +98,17 @@ def _answers(row: Row, field: str, context: str) -> tuple[tuple[str, ...], tuple
     found = []
     for text, start in zip(texts, starts, strict=True):
         if not text:
-            raise BadData(f"{row.place}: an answer in field {field!r} is empty.")
+            raise BadData(
+                f"{row.place}: an answer in field {field!r} is empty.",
+                try_="leave empty answers out; an empty list means that there is none",
+            )
         if start is None or context[start : start + len(text)] != text:
             start = context.find(text)
         if start < 0:
-            raise BadData(f"{row.place}: the answer {text!r} does not occur in the context.")
+            raise BadData(
+                f"{row.place}: the answer {text!r} does not occur in the context.",
+                try_="answers word by word as in the context, or rows without answer for SQuAD 2.0",
+            )
         found.append(start)
     return tuple(texts), tuple(found)
 

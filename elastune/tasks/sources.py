@@ -130,7 +130,10 @@ def hub_rows(repo: str, *, split: str, subset: str | None = None) -> list[Row]:
         ) from error
     rows = [Row(dict(row), f"{repo} {split} row {i}") for i, row in enumerate(loaded)]
     if not rows:
-        raise BadData(f"the hub data set {repo} (subset {subset}, split {split}) holds no rows.")
+        raise BadData(
+            f"the hub data set {repo} (subset {subset}, split {split}) holds no rows.",
+            try_="another split or subset",
+        )
     return rows
 
 
@@ -168,7 +171,8 @@ def _rows_of_list(text: str, path: Path) -> list[Row]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadData(
-            f"{path} line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}."
+            f"{path} line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}.",
+            try_="one JSON object a line, or a file with a list of them",
         ) from error
     return [_row(value, f"{path} item {i}") for i, value in enumerate(values, start=1)]
 
@@ -180,7 +184,10 @@ def _rows_of_table(text: str, path: Path) -> Iterator[Row]:
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise BadData(f"{path} names a column twice in its first line: {', '.join(header)}.")
+            raise BadData(
+                f"{path} names a column twice in its first line: {', '.join(header)}.",
+                try_="rename one of the two columns",
+            )
         for cells in reader:
             place = f"{path} line {reader.line_num}"
             if not cells:
@@ -192,7 +199,10 @@ def _rows_of_table(text: str, path: Path) -> Iterator[Row]:
                 )
             yield Row(dict(zip(header, cells, strict=True)), place)
     except csv.Error as error:
-        raise BadData(f"{path} line {reader.line_num} cannot be read: {error}.") from error
+        raise BadData(
+            f"{path} line {reader.line_num} cannot be read: {error}.",
+            try_="a table in UTF-8, every row with the columns of the first line",
+        ) from error
 
 
 def _rows_of_parquet(path: Path) -> list[Row]:
@@ -206,7 +216,10 @@ def _rows_of_parquet(path: Path) -> list[Row]:
     try:
         values = parquet.ParquetFile(path).read().to_pylist()
     except (ArrowException, OSError) as error:
-        raise BadData(f"{path} cannot be read as parquet: {error}.") from error
+        raise BadData(
+            f"{path} cannot be read as parquet: {error}.",
+            try_="write the table again; .csv and .jsonl are read, too",
+        ) from error
     return [_row(value, f"{path} row {i}") for i, value in enumerate(values)]
 
 
