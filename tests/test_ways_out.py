@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "elastune"
 CLASSES = {name for name in vars(errors) if isinstance(vars(errors)[name], type)}
 #: Words of a message that tells what is allowed; a recipe's are one line for each setting.
 TOLD = re.compile(
-    r"\bmust\b|allowed|known are|known:|\bneeds? |at least|at most|above 0|0 to |between|within|outside"
+    r"\bmust\b|allowed|known are|known:|\bneeds? |at least|at most|above 0|0 to |between|within"
+    r"|outside"
     r"|cannot be negative|one of|such as|did you mean|nearest\(|owner/name|a part of|is a list"
     r"|not of the form|is not like|named like|whole numbers|this (?:model|run) has|it has|they have"
     r"|trials have|limits are on|losses of|give one|from 0 on|join\(lines\)"
