@@ -2,7 +2,8 @@
 
 Work is counted in forward passes: 2 N operations a token for N weights outside the embedding. The
 ratios between our steps and a forward pass are those of docs/results.md (SmolLM2-135M, two cores);
-what a GPU computes a second, and what it costs, are options.
+what a GPU computes a second, and what it costs, are options. Who has trained a model on the device
+says so instead: ``--train-tokens-s 9000 --at-billions 1.7``, as ``train.jsonl`` has it.
 
 - sparsify: Wanda over the calibration tokens; forwards = 2 x `--wanda`.
 - train: forward and input gradient of the frozen base, 2 forwards x `--overhead`.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -47,11 +49,11 @@ class Hours:
 
 def hours(billions: float, args: argparse.Namespace) -> Hours:
     """Project the GPU-hours of a run for a model of so many weights."""
-    forward_s = 2 * billions * 1e9 / (args.tflops * 1e12)  # of one token
+    forward_s = _forward_s(billions, args)
     calibration = args.calibration_sequences * args.calibration_length
     trained = args.epochs * args.examples * args.tokens
     searched = args.trials * args.validation * args.tokens
-    steps = args.report_examples / args.report_batch * args.new_tokens
+    steps = math.ceil(args.report_examples / args.report_batch) * args.new_tokens
     decode_s = steps * billions * 1e9 * args.bytes / (args.bandwidth_tb_s * 1e12)
     prefill_s = args.report_examples * args.tokens * forward_s
     return Hours(
@@ -62,9 +64,20 @@ def hours(billions: float, args: argparse.Namespace) -> Hours:
     )
 
 
+def _forward_s(billions: float, args: argparse.Namespace) -> float:
+    """Return the seconds of one token's forward pass."""
+    if args.train_tokens_s is None:
+        return float(2 * billions * 1e9 / (args.tflops * 1e12))
+    measured = 1 / args.train_tokens_s / (2 * args.overhead)  # of the model that was trained
+    return float(measured * billions / args.at_billions)
+
+
 def main() -> None:
     args = _arguments()
-    table = Table(title=f"GPU-hours at {args.tflops:g} TFLOP/s, projected")
+    speed = f"{args.tflops:g} TFLOP/s"
+    if args.train_tokens_s is not None:
+        speed = f"{args.train_tokens_s:g} tokens/s of {args.at_billions:g}B in training"
+    table = Table(title=f"GPU-hours at {speed}, projected")
     for title in ("weights", "sparsify", "train", "search", "report", "total", "$"):
         table.add_column(title, justify="right")
     figures: dict[str, float | str] = {}
@@ -85,6 +98,8 @@ def _arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--sizes", type=float, nargs="+", default=[7, 70], help="billions of weights")
     add("--tflops", type=float, default=400, help="what a GPU reaches, not its peak")
+    add("--train-tokens-s", type=float, help="measured in a training; then --tflops is not read")
+    add("--at-billions", type=float, default=7, help="of weights: where that was measured")
     add("--bandwidth-tb-s", type=float, default=2.0, help="what a GPU reaches")
     add("--bytes", type=float, default=2, help="of a weight")
     add("--dollars-per-hour", type=float, default=2.5, help="of one GPU")
@@ -101,7 +116,7 @@ def _arguments() -> argparse.Namespace:
     add("--systems", type=int, default=6, help="that the report compares")
     add("--wanda", type=float, default=0.97, help="measured, over two forward passes")
     add("--overhead", type=float, default=1.17, help="measured, over forward and input gradient")
-    add("--search-work", type=float, default=0.8, help="measured, over whole evaluations")
+    add("--search-work", type=float, default=0.8, help="measured, over --trials evaluations")
     add("--quick", action="store_true", help="the same: nothing is run")
     return parser.parse_args()
 

@@ -49,7 +49,7 @@ def submit(folder: Path, script: str, *words: str | Path, gpus: int = 1) -> None
     for name, text in {
         "srun": SRUN.format(python=python),
         "scontrol": "#!/bin/sh\necho 127.0.0.1\necho 127.0.0.1\n",
-        "accelerate": f'#!/bin/sh\nexec {python} -m accelerate.commands.launch "$@"\n',
+        "accelerate": f'#!/bin/sh\nexec {python} -m accelerate.commands.accelerate_cli "$@"\n',
         "elastune": f'#!/bin/sh\nexec {python} -m elastune "$@"\n',
     }.items():
         (programs / name).write_text(text)
