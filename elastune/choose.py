@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from elastune.budgets import budget_name, budgeted
-from elastune.errors import BadRecipe
+from elastune.errors import BadArtifact, BadRecipe
 from elastune.export import save_compressed, save_subnetwork, snap_to_uniform
 from elastune.export.card import adapter_card
 from elastune.export.card_facts import run_facts
 from elastune.extract import extract
-from elastune.files import read_json, write_text
+from elastune.files import holding, read_json, write_text
 from elastune.merge_report import merge_report
 from elastune.run import Run
 from elastune.search import SearchResult
@@ -20,6 +21,7 @@ from elastune.space import SearchSpace, SubnetConfig
 from elastune.subnetwork import extract_model
 from elastune.supernet import SuperNetwork
 
+_FOLDER_NAME = re.compile(r"\w[\w.-]*")
 ONLY_SCORED = ("front-", "random-best")
 """Sub-networks that are compared with the chosen ones, and written only when asked for."""
 
@@ -40,22 +42,31 @@ def chosen(run: Run) -> dict[str, SubnetConfig]:
     }
     if run.dir.is_done("search", run.inputs("search")):
         data = read_json(run.dir.trials)
-        result = SearchResult.from_dict(data)
-        if result.trials:
-            best = result.best_within(_bounds(data))
-            configs["best"] = best.config
-            configs |= _best_within(run, result)
-            configs |= _luckiest(data)
-            configs |= _front(result, run.recipe.search.front, {*configs.values()})
-    return configs | budgeted(run) | targeted(run)
+        with holding(run.dir.trials):
+            result = SearchResult.from_dict(data)
+            if result.trials:
+                best = result.best_within(_bounds(data))
+                configs["best"] = best.config
+                configs |= _best_within(run, result)
+                configs |= _luckiest(data)
+                configs |= _front(result, run.recipe.search.front, {*configs.values()})
+    configs |= budgeted(run) | targeted(run)
+    for name in configs:  # some come from files
+        if not _FOLDER_NAME.fullmatch(name):
+            raise BadArtifact(
+                f"{run.dir.root} holds a sub-network called {name!r}, which is no name of a folder",
+                try_="remove it from search/targets.json",
+            )
+    return configs
 
 
 def targeted(run: Run) -> dict[str, SubnetConfig]:
     """Return the sub-networks that were chosen for targets after the search, by name."""
     if not run.dir.is_done("targets", run.inputs("train")):
         return {}
-    found = read_json(run.dir.targets)["subnets"]
-    return {name: SubnetConfig(row["config"]) for name, row in found.items()}
+    with holding(run.dir.targets):
+        found = read_json(run.dir.targets)["subnets"]
+        return {name: SubnetConfig(row["config"]) for name, row in found.items()}
 
 
 def _bounds(data: Mapping[str, Any]) -> dict[str, tuple[float, float]]:

@@ -76,9 +76,12 @@ def _as_published(data: dict[str, Any]) -> dict[str, Any]:
     """Fill in what EFTNAS is where a recipe does not say otherwise."""
     distill: Any = {"teacher": "dense+full"}
     usual: dict[str, Any] = {"update": "full", "sampler": "sandwich", "distill": distill}
-    train = usual | dict(data.get("train") or {})
-    structure: dict[str, Any] = {"order": "importance"} | dict(data.get("structure") or {})
-    adapter: dict[str, Any] = {"ranks": []} | dict(data.get("adapter") or {})
+    given = {name: data.get(name) or {} for name in ("train", "structure", "adapter")}
+    if not all(isinstance(section, dict) for section in given.values()):
+        return data  # refused with the name of the section
+    train = usual | given["train"]
+    structure: dict[str, Any] = {"order": "importance"} | given["structure"]
+    adapter: dict[str, Any] = {"ranks": []} | given["adapter"]
     if structure["order"] == "importance" and data.get("importance") is None:
         data = {**data, "importance": {}}
     return {**data, "train": train, "structure": structure, "adapter": adapter}
@@ -86,7 +89,10 @@ def _as_published(data: dict[str, Any]) -> dict[str, Any]:
 
 def _keeping(data: dict[str, Any]) -> dict[str, Any]:
     """Fill in what SQFT is: adapters that merge without losing a zero, nor the grid of the base."""
-    adapter: dict[str, Any] = {"keep": "zeros"} | dict(data.get("adapter") or {})
+    given = data.get("adapter") or {}
+    if not isinstance(given, dict):
+        return data
+    adapter: dict[str, Any] = {"keep": "zeros"} | given
     if adapter["keep"] == "int4" and data.get("quantise") is None:
         data = {**data, "quantise": {}}
     return {**data, "adapter": adapter}
@@ -142,8 +148,9 @@ class Recipe(Section):
             return data
         method = data.get("method", "shears")
         if data.get("baselines") is None:
-            usual = _USUAL_BASELINES.get(method, [])
-            if not dict(data.get("structure") or {}).get("budgets"):
+            usual = _USUAL_BASELINES.get(method, []) if isinstance(method, str) else []
+            structure = data.get("structure")
+            if not isinstance(structure, dict) or not structure.get("budgets"):
                 usual = [name for name in usual if name != "alone"]
             data = {**data, "baselines": usual}
         sparse = data.get("sparsify") or {}
@@ -247,7 +254,7 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadRecipe(
             f"cannot read the recipe {path}: {error}", try_="a file of recipes/, or a path to one"
         ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from os.path import expanduser  # leaves ~name of nobody as it is
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def _local(name: str, data_dir: Path | None) -> Path | None:
     # Names of tasks may hold the path after a colon: "classification:train.csv".
     spellings = [text for text in (name, name.partition(":")[2]) if text]
     # A run called like its task would otherwise depend on its own folder.
-    places = [] if name in _NO_PATHS else [Path(text).expanduser() for text in spellings]
+    places = [] if name in _NO_PATHS else [Path(expanduser(text)) for text in spellings]
     places += [data_dir / text for text in spellings if data_dir]
     return next((path for path in places if path.exists()), None)
 

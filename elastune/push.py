@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError, safe_open
 
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError
-from elastune.files import read_json
+from elastune.files import holding, read_json, refuse_links_outside, refuse_outside
 from elastune.models.checkpoint import check_folder
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -124,6 +124,7 @@ def complete_export(folder: str | Path) -> tuple[str, ...]:
             f"{str(folder)!r} is a run directory, not an export",
             try_="one of the folders under subnets/, or what `elastune extract` wrote",
         )
+    refuse_links_outside(folder)
     if not _check_weights(folder):
         raise BadArtifact(
             f"{str(folder)!r} is no export: it has no config.json, adapter_config.json, "
@@ -184,11 +185,13 @@ def _check_adapter(folder: Path) -> None:
 
 def _check_runtime(folder: Path) -> None:
     """Check an export for a runtime: the files that its record names."""
-    about = read_json(folder / "export.json")
-    named: Sequence[str] = [
-        *(about.get("sha256") or ()),
-        *([about["file"]] if "file" in about else []),
-    ]
+    with holding(folder / "export.json"):
+        about = dict(read_json(folder / "export.json"))
+        named: Sequence[str] = [
+            *(about.get("sha256") or ()),
+            *([about["file"]] if "file" in about else []),
+        ]
+    refuse_outside(folder, named)
     lost = [name for name in dict.fromkeys(named) if not (folder / name).is_file()]
     if lost:
         raise BadArtifact(f"{folder} lacks {', '.join(lost)}", try_="export it again")

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from elastune.errors import InvalidSpace, InvalidSubnet, nearest
+from elastune.json_text import parse_json
 
 DimKind = Literal["rank", "heads", "ffn", "depth", "embedding", "density"]
 """What a dim cuts: an adapter's rank, a block's query heads, the channels of its feed-forward,
@@ -81,8 +82,8 @@ class SubnetConfig(Mapping[str, int]):
             InvalidSubnet: not a JSON object of whole numbers.
         """
         try:
-            choices = json.loads(text)
-        except json.JSONDecodeError as error:
+            choices = parse_json(text)
+        except ValueError as error:
             raise InvalidSubnet(
                 f"a sub-network is a JSON object, got {text[:80]!r}",
                 try_='dim -> choice, such as {"layers.0.ffn": 512}',

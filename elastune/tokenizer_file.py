@@ -128,7 +128,7 @@ def rebuilt(tokenizer: PreTrainedTokenizerBase, data: dict[str, Any]) -> PreTrai
     """Return a tokenizer with the settings of another, loaded as its users will load it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder, save_jinja_files=False)
         for file in folder.iterdir():  # vocabularies in other spellings would be the old one
             if file.suffix not in (".json", ".jinja") or file.name == "vocab.json":
                 file.unlink()
@@ -138,7 +138,9 @@ def rebuilt(tokenizer: PreTrainedTokenizerBase, data: dict[str, Any]) -> PreTrai
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         settings.pop("added_tokens_decoder", None)  # its ids are old; tokenizer.json has them
         settings_file.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     made.name_or_path = tokenizer.name_or_path
     return made
 

@@ -6,10 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer_pt_utils import safe_globals
 
 from elastune.errors import BadArtifact
 from elastune.space import SearchSpace, SubnetConfig
@@ -49,8 +51,10 @@ def load_trained(net: Trainee, folder: Path) -> None:
     """Read back what `save_trained` wrote.
 
     Raises:
-        BadArtifact: missing, corrupt, or of another super-network.
+        BadArtifact: missing, corrupt, or of another super-network; or a checkpoint whose other
+            files are, or hold more than numbers.
     """
+    _check_states(folder)
     path = folder / _WEIGHTS
     try:
         state = load_file(path)
@@ -60,6 +64,26 @@ def load_trained(net: Trainee, folder: Path) -> None:
             try_=f"delete {folder} and run again to train anew",
         ) from error
     net.load_trained_state(state)
+
+
+def _check_states(folder: Path) -> None:
+    """See that what the trainer goes on from can be read, and pickles nothing but numbers.
+
+    The trainer itself reads them so, but what it raises then says little.
+    """
+    state = folder / "trainer_state.json"
+    try:
+        if state.is_file():
+            TrainerState.load_from_json(str(state))
+        with safe_globals():  # numpy's, in the state of its generator
+            for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth")]):
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # of JSON, zip and the unpickler
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadArtifact(
+            f"the checkpoint {folder} cannot be gone on from: {said}",
+            try_=f"delete {folder} and run again, to go on from what is before it",
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> str | None:

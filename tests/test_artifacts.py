@@ -65,7 +65,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, had_one: bool)
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
-    (tmp_path / ".out.abc").mkdir()
+    (tmp_path / ".out.partial-abc").mkdir()
     with whole_folder(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.adapters.energies import AdapterEnergies
 from elastune.adapters.from_adapter import elastic_adapter, order_ranks
-from elastune.adapters.peft_folder import WEIGHTS, read_adapter, read_config
+from elastune.adapters.peft_folder import CONFIG, WEIGHTS, read_adapter, read_config
 from elastune.data import calibration_rows
 from elastune.errors import BadRecipe, ElastuneError, UnsupportedModel
 from elastune.export.card import adapter_card
+from elastune.export.source import check_adapter
 from elastune.export.verify import example_inputs
 from elastune.extract import PeftAdapter, extract
 from elastune.files import whole_folder, write_text
@@ -107,6 +108,12 @@ def cut_adapter(
     """
     if sum(given is not None for given in (energy, rank, target)) > 1:
         raise BadRecipe("energy, rank and target each choose the ranks: give one of them")
+    out = Path(out).absolute()
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise BadRecipe(
+            f"{out} is there already and is no adapter, so it is not replaced",
+            try_="another --out",
+        )
     config = read_config(folder)
     said = config.get("base_model_name_or_path")
     if not isinstance(model, PreTrainedModel):
@@ -123,7 +130,6 @@ def cut_adapter(
     choices = {m.dim: sorted({m.rank, ranks[m.dim]}, reverse=True) for m in energies.modules}
     net, _ = elastic_adapter(loaded, lora, ordered, choices)
     chosen = SubnetConfig(ranks)
-    out = Path(out).absolute()
     net.eval()
     with whole_folder(out) as partial:
         try:
@@ -176,18 +182,19 @@ def _load(
     folder: str | Path, config: dict[str, Any], source: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base with the head that the adapter was trained with."""
-    if not source:
+    if not source or not isinstance(source, str | Path):
         raise BadRecipe(
             "the adapter's config does not say which model it was trained on", try_="give the model"
         )
     task = config.get("task_type")
+    check_adapter(Path(folder))
     with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
     for part, head in _HEADS.items():
         weights = [s for n, s in shapes.items() if f".{part}." in n and ".lora_" not in n]
         if weights:
             # The last layer of a head has a row for each class.
-            n_labels = weights[-1][0] if head == "sequence-classification" else None
+            n_labels = next(iter(weights[-1]), 0) if head == "sequence-classification" else None
             return load_model(source, head=head, num_labels=n_labels)  # type: ignore[arg-type]
     if task not in (None, "CAUSAL_LM", "FEATURE_EXTRACTION"):
         raise UnsupportedModel(

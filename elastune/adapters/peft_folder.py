@@ -8,8 +8,8 @@ Shapes: `I` in features, `O` out features, `r` rank of a module.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elastune.errors import BadArtifact, UnsupportedModel, nearest
+from elastune.files import holding
+from elastune.json_text import parse_json
 from elastune.linears import in_features, is_linear, out_features
 
 CONFIG = "adapter_config.json"
@@ -50,6 +52,8 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "target_parameters": ("parameters that belong to no linear layer", "merge it with PEFT"),
     "alora_invocation_tokens": ("aLoRA, which begins at a token", "use it as it is"),
 }
+_WITH_PATTERNS = ("rank_pattern", "alpha_pattern")
+_REPEATED_GROUP = re.compile(r"(?<!\\)\)[*+{]")
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -84,7 +88,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     file = Path(folder) / CONFIG
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadArtifact(
             f"{str(folder)!r} has no {CONFIG}, so it is no PEFT adapter",
@@ -97,8 +101,26 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{file} holds a {type(config).__name__}, not an object",
             try_="save the adapter again with PEFT's save_pretrained",
         )
-    _refuse_other_kinds(config)
+    with holding(file, try_="copy it again"):
+        _refuse_other_kinds(config)
+        _refuse_slow_patterns(config)
     return config
+
+
+def _refuse_slow_patterns(config: Mapping[str, Any]) -> None:
+    """Refuse regular expressions that are wrong, or could take for ever on a module's name."""
+    patterns = [name for key in _WITH_PATTERNS for name in config.get(key) or ()]
+    targets = config.get("target_modules")
+    patterns += [targets] if isinstance(targets, str) else []
+    excluded = config.get("exclude_modules")
+    patterns += [excluded] if isinstance(excluded, str) else []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern[:80]!r} is no regular expression: {error}") from error
+        if _REPEATED_GROUP.search(pattern):
+            raise ValueError(f"{pattern[:80]!r} repeats a group, which can take for ever")
 
 
 def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
@@ -128,6 +150,10 @@ def _refuse_other_kinds(config: Mapping[str, Any]) -> None:
             "save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
     known = _READ | _SILENT | _REFUSED.keys()
+    if config.get("megatron_config"):
+        raise UnsupportedModel(
+            "the adapter is for Megatron, a module that its config names", try_="merge it with PEFT"
+        )
     for name, value in config.items():
         is_default = not value or (name.endswith("_config") and not any(_values(value)))
         if name not in known and not is_default:
@@ -157,12 +183,13 @@ def read_adapter(folder: str | Path, model: PreTrainedModel) -> PeftLora:
     pairs, rest = _paired(tensors)
     factors = {}
     modules = dict(model.named_modules())
-    for name, (a, b) in pairs.items():
-        _check_module(type(model).__name__, modules, name, a, b)
-        factors[name] = (a, b, _scale(config, name, a.shape[0]))
-    _check_targets(config, model, factors)
-    whole = _whole_modules(config, model, rest)
-    dropout = float(config.get("lora_dropout") or 0.0)
+    with holding(Path(folder) / CONFIG, try_="copy it again"):
+        for name, (a, b) in pairs.items():
+            _check_module(type(model).__name__, modules, name, a, b)
+            factors[name] = (a, b, _scale(config, name, a.shape[0]))
+        _check_targets(config, model, factors)
+        whole = _whole_modules(config, model, rest)
+        dropout = float(config.get("lora_dropout") or 0.0)
     return PeftLora(factors, whole, dropout, config.get("base_model_name_or_path") or None)
 
 

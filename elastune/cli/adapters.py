@@ -42,7 +42,7 @@ def adapter(
         if calibration is not None:
             try:
                 lines = calibration.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:
                 raise BadData(
                     f"the calibration text cannot be read: {error}",
                     try_="a text file in UTF-8, a text a line",

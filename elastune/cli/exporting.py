@@ -31,6 +31,13 @@ Exports = Annotated[
     ),
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run code that an export brings and elastune did not write."
+    ),
+]
+
 
 def export(
     source: Annotated[
@@ -144,7 +151,7 @@ def _exports_table(made: Sequence[Export]) -> Table:
     return _table(titles, rows, left=("format", "loads with"))
 
 
-def check(exports: Exports, json_: Json = False) -> None:
+def check(exports: Exports, trust: Trust = False, json_: Json = False) -> None:
     """Prove exports again: each is run in a fresh process, and its files are compared."""
     with reported():
         from elastune.console import ConsoleReporter
@@ -157,7 +164,7 @@ def check(exports: Exports, json_: Json = False) -> None:
             for number, folder in enumerate(exports):
                 bar(number, len(exports), folder.name)
                 try:
-                    checked: Checked | ElastuneError = check_export(folder)
+                    checked: Checked | ElastuneError = check_export(folder, trust_remote_code=trust)
                 except ElastuneError as error:
                     checked = error
                 found.append((str(folder), checked))
@@ -195,6 +202,7 @@ def profile(
         int | None, typer.Option(min=1, help="Of every runtime; all processors by default.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Times that each is measured, in turns.")] = 3,
+    trust: Trust = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw it, too: a .png, .svg or .pdf file.")
     ] = None,
@@ -215,6 +223,7 @@ def profile(
                 new_tokens=new_tokens,
                 threads=threads,
                 rounds=rounds,
+                trust_remote_code=trust,
                 progress=bar,
             )
         if plot is not None:

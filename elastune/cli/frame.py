@@ -73,7 +73,8 @@ def opened(
         recipe = load_recipe(directory.recipe_file, overrides or [])
     else:
         recipe = load_recipe(source, overrides or [])
-        directory = RunDirectory(out or Path("runs") / source.stem)
+        name = source.stem.strip(".")
+        directory = RunDirectory(out or Path("runs") / (name or "run"))
     be_quiet()
     from elastune.console import ConsoleReporter
     from elastune.run import Run
@@ -167,10 +168,19 @@ def follow() -> None:
 
 def _complain(message: str, way_out: str | None) -> None:
     ERR.print("[bold red]error:[/] ", end="")
-    ERR.print(message, markup=False, highlight=False, soft_wrap=True)
+    ERR.print(_printable(message), markup=False, highlight=False, soft_wrap=True)
     if way_out:
         ERR.print("[bold]try:[/] ", end="")
-        ERR.print(way_out, markup=False, highlight=False, soft_wrap=True)
+        ERR.print(_printable(way_out), markup=False, highlight=False, soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Spell out what would steer the terminal, and half characters: names in files hold anything.
+
+    The marks that turn the direction of text round are among them.
+    """
+    plain = (c if c == "\n" or c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+    return "".join(plain)
 
 
 def _cannot_write(error: BaseException) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from os.path import expanduser  # leaves ~name of nobody as it is
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def base_facts(source: str | Path) -> BaseFacts:
     Nothing is fetched, and nothing is raised for what is not there or cannot be read.
     """
     text = str(source)
-    folder = Path(text).expanduser()
+    folder = Path(expanduser(text))
     builtin = text if text in _BUILTIN else _cached_builtin(folder)
     if builtin is not None:
         licence = License("apache-2.0", source="the table of built-in models")

@@ -66,7 +66,9 @@ def run_fresh(folder: Path) -> Found:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary)
         command = [sys.executable, "-I", gguf_run.__file__, str(folder), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=dict(os.environ)
+        )
         if done.returncode != 0 or not (out / "found.json").is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines and done.returncode == 1 else f"exit code {done.returncode}"

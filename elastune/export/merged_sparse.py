@@ -172,7 +172,9 @@ def _fresh_counts(folder: Path, auto: str) -> dict[str, int]:
         out = Path(temporary) / "counts.json"
         # Without -P, modules that lie beside the script would hide others of their names.
         command = [sys.executable, "-P", merged_sparse_run.__file__, str(folder), auto, str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=_environment()
+        )
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"

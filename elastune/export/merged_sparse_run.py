@@ -17,7 +17,9 @@ def main() -> None:
     folder, auto, out = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     if json.loads((folder / "config.json").read_text())["model_type"].startswith("elastune_"):
         import elastune  # noqa: F401  (knows these classes, so that no code of the folder is run)
-    model = getattr(transformers, auto).from_pretrained(folder, use_safetensors=True)
+    model = getattr(transformers, auto).from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=False
+    )
     counts = {n: int((t == 0).sum()) for n, t in model.state_dict().items() if t.dim() == 2}
     out.write_text(json.dumps(counts), encoding="utf-8")
 

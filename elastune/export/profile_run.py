@@ -1,8 +1,8 @@
 """Load one export in a process of its own, time it, and write down what was found as JSON.
 
 Run as a script: ``python profile_run.py EXPORT OPTIONS OUT``, the options as JSON:
-``prompt_tokens``, ``new_tokens``, ``threads``, ``repeats``. Times are wall time; memory is the
-process's own.
+``prompt_tokens``, ``new_tokens``, ``threads``, ``repeats``, ``runs_code`` (whether the checkpoint's
+own Python may run). Times are wall time; memory is the process's own.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def open_checkpoint(folder: Path, options: Any) -> Opened:
     with contextlib.suppress(ImportError):  # code that from_pretrained would else read first
         importlib.import_module(f"transformers.models.{stock}.modeling_{stock}")
     started = time.perf_counter()
-    # The modelling file of hf-hetero is one that elastune wrote.
-    own = str(about.get("model_type", "")).startswith("elastune_")
-    model = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=own)
+    model = auto.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=options["runs_code"]
+    )
     if (adapter / "adapter_config.json").is_file():
         from peft import PeftModel
 

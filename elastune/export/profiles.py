@@ -19,8 +19,10 @@ from typing import Any
 
 from elastune.errors import BadArtifact, ElastuneError
 from elastune.export import profile_run
-from elastune.export.source import base_of, is_adapter
-from elastune.files import read_json
+from elastune.export.foreign import is_own, refuse_code
+from elastune.export.runtimes import RUNTIME_FORMATS, refuse_settings
+from elastune.export.source import base_of, check_adapter, is_adapter
+from elastune.files import holding, read_json
 
 _MB = 2**20
 _NOT_SHIPPED = ("reference.safetensors", "README.md")
@@ -62,6 +64,7 @@ def profile_exports(
     new_tokens: int = 32,
     threads: int | None = None,
     rounds: int = 3,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ExportProfile]:
     """Measure exports in turns; the first is what the others are compared with.
@@ -73,16 +76,19 @@ def profile_exports(
         new_tokens: generated after it.
         threads: of every runtime; all processors by default.
         rounds: each a fresh process for every export.
+        trust_remote_code: run code that an export brings and that this elastune would not have
+            written, and load torch.export archives, which can hold code. Off by default.
         progress: called with (processes done, processes in all).
 
     Raises:
         BadArtifact: nothing there that a runtime could load.
-        ElastuneError: a runtime refused an export; with its last words.
+        ElastuneError: a runtime refused an export, with its last words; or it brings code.
     """
     places = [Path(export).absolute() for export in exports]
     runtimes = [runtime_of(place) for place in places]
     # An adapter is no use without its base, which may be gone.
     bases = [base_of(place) if is_adapter(place) else None for place in places]
+    runs_code = [_runs_code(place, trust_remote_code) for place in places]
     options = {
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,
@@ -92,7 +98,8 @@ def profile_exports(
     found: list[list[dict[str, Any]]] = [[] for _ in places]
     for turn in range(rounds):
         for number, place in enumerate(places):
-            found[number].append(_measured(place, options))
+            mine = options | {"runs_code": runs_code[number]}
+            found[number].append(_measured(place, mine))
             if progress is not None:
                 progress(turn * len(places) + number + 1, rounds * len(places))
     return [
@@ -134,13 +141,23 @@ def runtime_of(place: Path) -> str:
         if any(place.glob("*.gguf")):
             return "llama.cpp"
         if (place / "export.json").is_file():
-            about = read_json(place / "export.json")
-            if about["format"] == "nemotron-nas":
+            record = place / "export.json"
+            with holding(record):
+                about = dict(read_json(record))
+                format, runtime = str(about["format"]), str(about["runtime"])
+            if format == "nemotron-nas":
                 raise BadArtifact(
                     f"{place} is for vLLM, which is not run here",
                     try_="the same sub-network as another format, such as hf-hetero or gguf",
                 )
-            return str(about["runtime"])
+            if format in RUNTIME_FORMATS:
+                refuse_settings(place, about)
+            elif runtime != "transformers":
+                raise BadArtifact(
+                    f"{place} is an export of format {format}, which is not known",
+                    try_="elastune check takes an export of any format",
+                )
+            return runtime
         if any((place / name).is_file() for name in ("config.json", "adapter_config.json")):
             return "transformers"
     raise BadArtifact(
@@ -150,13 +167,33 @@ def runtime_of(place: Path) -> str:
     )
 
 
+def _runs_code(place: Path, trust_remote_code: bool) -> bool:
+    """Tell whether a checkpoint's own Python is to be run; see that it may be.
+
+    Raises:
+        ElastuneError: the export brings code of others.
+    """
+    if place.is_file() or any(place.glob("*.gguf")):
+        return False
+    for adapter in (place, place / "adapter"):
+        if is_adapter(adapter):
+            check_adapter(adapter)
+    if (place / "export.json").is_file():
+        name = str(read_json(place / "export.json")["format"])
+        refuse_code(place, name, trust_remote_code=trust_remote_code)
+        if name in RUNTIME_FORMATS:
+            return False
+    return trust_remote_code or is_own(base_of(place) if is_adapter(place) else place)
+
+
 def _measured(place: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Run one export in a fresh process; each time is the best of its repeats."""
     environment = os.environ | {"OMP_NUM_THREADS": str(options["threads"])}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "answer.json"
         done = subprocess.run(
-            [sys.executable, profile_run.__file__, str(place), json.dumps(options), str(out)],
+            [sys.executable, "-P", profile_run.__file__, str(place), json.dumps(options), str(out)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=environment,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from elastune.errors import BadArtifact, ElastuneError
-from elastune.files import file_digest
+from elastune.files import file_digest, refuse_outside
 
 
 def refuse_missing(folder: Path, names: Iterable[str], *, try_: str = "export it again") -> None:
@@ -15,6 +15,8 @@ def refuse_missing(folder: Path, names: Iterable[str], *, try_: str = "export it
     Raises:
         BadArtifact: some are not; they are named.
     """
+    names = list(names)
+    refuse_outside(folder, names)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise BadArtifact(f"{folder} lacks {', '.join(missing)}", try_=try_)
@@ -28,6 +30,7 @@ def refuse_changed(
     Raises:
         ElastuneError: some have not; they are named, and ``said`` follows.
     """
+    refuse_outside(folder, digests)
     changed = [name for name, digest in digests.items() if file_digest(folder / name) != digest]
     if changed:
         raise ElastuneError(f"{', '.join(changed)} changed since {said}", try_=try_)

@@ -15,6 +15,7 @@ from elastune.errors import BadArtifact, BadRecipe, nearest
 from elastune.export.card_facts import CardFacts
 from elastune.export.compressed import FORMAT as COMPRESSED
 from elastune.export.compressed import LOADS_WITH
+from elastune.export.foreign import refuse_code
 from elastune.export.formats import FORMATS
 from elastune.export.gguf_file import WEIGHTS as GGUF_WEIGHTS
 from elastune.export.merged_sparse import check_merged_sparse, save_merged_sparse
@@ -26,7 +27,7 @@ from elastune.export.to_checkpoint import check_checkpoint, export_adapter, expo
 from elastune.export.to_gguf import check_gguf, export_gguf
 from elastune.export.to_nemotron_nas import check_nemotron_nas, export_nemotron_nas
 from elastune.extract import PeftAdapter
-from elastune.files import read_json
+from elastune.files import holding, read_json
 from elastune.subnetwork import Subnetwork
 
 Anything = Exportable | PeftAdapter
@@ -121,20 +122,26 @@ def export_model(
     return chosen.write(Order(source, Path(out), kept, tokenizer, base, origin, facts))
 
 
-def check_export(folder: str | Path) -> Checked:
+def check_export(folder: str | Path, *, trust_remote_code: bool = False) -> Checked:
     """Load an export in a fresh process once more, and compare with what was recorded.
 
     Args:
         folder: that `export_model` wrote, or the .gguf file in it.
+        trust_remote_code: run code that the folder brings and that this elastune would not have
+            written, and load torch.export archives, which can hold code. Off by default.
 
     Raises:
         BadArtifact: no export, or one that lacks a file.
-        ElastuneError: it cannot be run, computes something else, or a file changed.
+        ElastuneError: it cannot be run, computes something else, a file changed, or it brings code.
     """
     folder = Path(folder).absolute()
     if folder.suffix == ".gguf" and folder.is_file():
         folder = folder.parent
-    return _needed(EXPORT_FORMATS[format_of(folder)]).check(folder)
+    chosen = _needed(EXPORT_FORMATS[format_of(folder)])
+    record = folder / ("export.json" if (folder / "export.json").is_file() else "sparsity.json")
+    with holding(record):
+        refuse_code(folder, chosen.name, trust_remote_code=trust_remote_code)
+        return chosen.check(folder)
 
 
 def parse_format(text: str) -> tuple[ExportFormat, str | None]:
@@ -184,9 +191,10 @@ def format_of(folder: Path) -> str:
     """
     for file in ("export.json", "sparsity.json"):
         if (folder / file).is_file():
-            name = read_json(folder / file).get("format")
-            if name in EXPORT_FORMATS:
-                return str(name)
+            about = read_json(folder / file)
+            name = about.get("format") if isinstance(about, dict) else None
+            if isinstance(name, str) and name in EXPORT_FORMATS:
+                return name
     if not folder.is_dir():
         raise BadArtifact(f"there is no folder {str(folder)!r}", try_="the folder of an export")
     is_model = any((folder / n).is_file() for n in ("config.json", "adapter_config.json"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +149,7 @@ def check_graph(folder: str | Path) -> Agreement:
     """
     folder = Path(folder).absolute()
     about = read_json(folder / "export.json")
+    refuse_settings(folder, about)
     refuse_missing(folder, (*about["sha256"], "reference.safetensors"))
     try:
         expected = load_file(folder / "reference.safetensors")
@@ -159,6 +162,31 @@ def check_graph(folder: str | Path) -> Agreement:
     said = "the export, by too little to show in its outputs"
     refuse_changed(folder, about["sha256"], said=said)
     return agreement(about, expected, found)
+
+
+def refuse_settings(folder: Path, about: Mapping[str, Any]) -> None:
+    """Make sure that the record of a graph names the file and options of its format, not others.
+
+    Raises:
+        BadArtifact: another runtime or file, or options such as a folder for OpenVINO's cache.
+    """
+    chosen = RUNTIME_FORMATS.get(str(about.get("format")))
+    if chosen is None:
+        raise BadArtifact(
+            f"{folder}: export.json names no format of graphs", try_="export it again"
+        )
+    wanted = {
+        "runtime": chosen.runtime,
+        "file": chosen.file,
+        "runtime_options": dict(chosen.runtime_options),
+    }
+    for name, value in wanted.items():
+        if about.get(name) != value:
+            raise BadArtifact(
+                f"{folder}: export.json has {name} {json.dumps(about.get(name))[:80]}, which for "
+                f"{chosen.name} is {json.dumps(value)}",
+                try_="export it again",
+            )
 
 
 def _prove(

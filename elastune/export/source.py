@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from elastune.errors import BadArtifact, BadRecipe, UnsupportedModel
@@ -55,16 +56,69 @@ def load_folder(folder: str | Path) -> Loaded:
             name += " with its adapter merged"
     model = load_any(base)
     if is_adapter(adapter):
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        check_adapter(adapter)
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        except Exception as error:  # each kind of adapter checks its config in its own way
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise UnsupportedModel(
+                f"PEFT cannot merge the adapter {adapter}: {lines[0]}",
+                try_="the adapter and the base that were saved together",
+            ) from error
     homes = (home for home in (folder, base) if (home / "tokenizer_config.json").is_file())
     home = next(homes, None)
-    tokenizer = None if home is None else AutoTokenizer.from_pretrained(home)
+    tokenizer = None if home is None else load_tokenizer(home)
     return Loaded(model, tokenizer, name)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder; code of its own is not run.
+
+    Raises:
+        BadArtifact: it cannot be loaded.
+    """
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises plain Exception for a damaged tokenizer.json
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadArtifact(
+            f"the tokenizer of {str(folder)!r} cannot be loaded: {lines[0]}",
+            try_="put tokenizer.json and tokenizer_config.json beside config.json",
+        ) from error
+    return found
 
 
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder is an adapter as PEFT saves it."""
     return (folder / "adapter_config.json").is_file()
+
+
+def check_adapter(folder: Path) -> None:
+    """See that loading an adapter is reading safetensors, and imports nothing that it names.
+
+    Raises:
+        BadArtifact: its weights are pickled, missing or damaged.
+        UnsupportedModel: its config names a module for PEFT to import.
+    """
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise BadArtifact(f"{folder}/adapter_config.json is no JSON object", try_="copy it again")
+    if config.get("megatron_config"):
+        raise UnsupportedModel(
+            f"the adapter {folder} is for Megatron, a module that its config names",
+            try_="merge it with PEFT, where you trust it",
+        )
+    file = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise BadArtifact(
+            f"{file} is missing or damaged; pickled weights are not loaded: {error}",
+            try_="load it with PEFT and save_pretrained it again",
+        ) from error
 
 
 def base_of(adapter: Path) -> Path:
@@ -73,8 +127,9 @@ def base_of(adapter: Path) -> Path:
     Raises:
         BadArtifact: it names none, or one that is not on this machine.
     """
-    named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not named or not Path(named).is_dir():
+    config = read_json(adapter / "adapter_config.json")
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not named or not isinstance(named, str) or not Path(named).is_dir():
         raise BadArtifact(
             f"the base of the adapter {adapter} is {named or 'not named'}, which is no folder here",
             try_="put the folder of the base into its adapter_config.json as "
@@ -148,16 +203,30 @@ def load_any(folder: Path) -> PreTrainedModel:
     Raises:
         UnsupportedModel: no auto class makes that class.
     """
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a config may break in the class of any model
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UnsupportedModel(
+            f"{folder} cannot be loaded: {lines[0]}",
+            try_="a folder that elastune or save_pretrained wrote whole",
+        ) from error
     wanted = (config.architectures or [None])[0]
     for name in AUTO_CLASSES:
         auto = getattr(transformers, name)
         found = auto._model_mapping.get(type(config), ())
         for cls in found if isinstance(found, tuple) else (found,):
             if cls.__name__ == wanted:
-                model: PreTrainedModel = auto.from_pretrained(
-                    folder, dtype=torch.float32, use_safetensors=True
-                )
+                try:
+                    model: PreTrainedModel = auto.from_pretrained(
+                        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+                    )
+                except Exception as error:
+                    lines = str(error).strip().splitlines() or [type(error).__name__]
+                    raise BadArtifact(
+                        f"{folder} cannot be loaded: {lines[0]}",
+                        try_="a folder that elastune or save_pretrained wrote whole",
+                    ) from error
                 return model
     raise UnsupportedModel(
         f"{folder} holds a {wanted}, which no class here loads",

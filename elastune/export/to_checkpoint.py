@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,11 +31,26 @@ from elastune.export.compressed import save_compressed
 from elastune.export.recorded import refuse_changed, refuse_missing
 from elastune.export.result import Export
 from elastune.export.saved import save_subnetwork
-from elastune.export.source import Exportable, base_of, is_adapter, load_any, read_subnetwork
+from elastune.export.source import (
+    Exportable,
+    base_of,
+    check_adapter,
+    is_adapter,
+    load_any,
+    read_subnetwork,
+)
 from elastune.export.verify import TOLERANCE, auto_class, example_inputs
 from elastune.extract import PeftAdapter
-from elastune.files import file_digest, read_json, whole_folder, write_json, write_text
+from elastune.files import (
+    file_digest,
+    read_json,
+    refuse_links_outside,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from elastune.models.checkpoint import check_folder
+from elastune.models.registration import AUTO_CLASSES
 from elastune.version import __version__
 
 _OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
@@ -164,6 +180,8 @@ def _write_adapter(
         )
         write_text(partial / "README.md", text)
         return merged_by_hand(model, source)
+    refuse_links_outside(Path(source))
+    check_adapter(Path(source))
     for file in Path(source).iterdir():
         if file.is_file() and file.name not in ("export.json", "reference.safetensors"):
             shutil.copy(file, partial)
@@ -197,6 +215,18 @@ def check_checkpoint(folder: str | Path) -> float:
     about = read_json(folder / "export.json")
     wanted = [*about["sha256"], "reference.safetensors"]
     refuse_missing(folder, wanted)
+    made = getattr(transformers, str(about["auto_class"]), None)
+    if about["auto_class"] not in AUTO_CLASSES and not hasattr(made, "base_model_prefix"):
+        raise BadArtifact(
+            f"{folder}: {about['auto_class']!r} is no class that loads a model",
+            try_="export it again",
+        )
+    if about["format"] == "peft" and not is_adapter(folder):
+        raise BadArtifact(f"{folder} has no adapter_config.json", try_="export it again")
+    check_folder(Path(about["base"]) if about["format"] == "peft" else folder)
+    for adapter in (folder, folder / "adapter"):
+        if is_adapter(adapter):
+            check_adapter(adapter)
     worst = _proved(folder, about)
     said = "the export, by too little to show in its outputs"
     refuse_changed(folder, about["sha256"], said=said)
@@ -249,7 +279,9 @@ def _proved(folder: Path, about: Any) -> float:
         command = [sys.executable, "-IB", checkpoint_run.__file__, str(folder), str(out)]
         # What a modelling file is copied to must not outlive this, nor be what an older one was.
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(temporary) / "modules")}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment
+        )
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"

@@ -282,7 +282,9 @@ def _fresh_logits(folder: Path) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "found.safetensors"
         command = [sys.executable, "-IB", nemotron_nas_run.__file__, str(folder), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=dict(os.environ)
+        )
         if done.returncode != 0 or not out.is_file():
             lines = done.stderr.strip().splitlines()
             said = lines[-1] if lines else f"exit code {done.returncode}"

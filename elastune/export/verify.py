@@ -41,7 +41,9 @@ def verify(
     Raises:
         ElastuneError: they differ by more than rounding.
     """
-    loaded = auto.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    loaded = auto.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+    )
     expected: Any = model
     if model.dtype != torch.float32 or model.device.type != "cpu" or adapter is not None:
         expected = copy.deepcopy(expected).to("cpu", torch.float32)

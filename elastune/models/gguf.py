@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from transformers import (
 
 from elastune.errors import BadArtifact, ElastuneError, UnsupportedModel
 from elastune.models.cache import build_once, cache_folder
+from elastune.models.gguf_header import check_gguf_header
 from elastune.models.save import save_model
 
 logger = logging.getLogger("elastune")
@@ -83,23 +86,57 @@ def convert_gguf(gguf_file: str | Path, out_folder: str | Path) -> None:
     logger.info("converting %s to safetensors (once)", file.name)
     reader = _reader(file)
     here = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    blocks = f"{_field(reader, 'general.architecture')}.block_count"
+    with _fitting(file):
+        if int(_field(reader, blocks) or 0) > len(reader.tensors):
+            raise ValueError(f"{blocks} is {_field(reader, blocks)}")
     try:
-        config = AutoConfig.from_pretrained(**here)
-        tokenizer = AutoTokenizer.from_pretrained(**here)
-    except (ValueError, KeyError, NotImplementedError) as error:
+        config = AutoConfig.from_pretrained(**here, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(**here, trust_remote_code=False)
+    except Exception as error:  # fields of other kinds than it expects break it anywhere
         raise UnsupportedModel(
             f"{file.name!r} is GGUF of architecture {_field(reader, 'general.architecture')!r}, "
             f"which the installed transformers cannot read: {error}",
             try_="use the model's safetensors checkpoint",
         ) from error
-    _split_as_llama_cpp(tokenizer, reader)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if _field(reader, "general.architecture") in _RENAMED_ONLY:
-        model = _model(reader, config)
-    else:
-        model = _model_through_transformers(here, config)
+    with _fitting(file):
+        _split_as_llama_cpp(tokenizer, reader)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        _check_numel(reader, config, file)
+        if _field(reader, "general.architecture") in _RENAMED_ONLY:
+            model = _model(reader, config)
+        else:
+            model = _model_through_transformers(here, config)
     save_model(model, tokenizer, out_folder)
+
+
+@contextmanager
+def _fitting(file: Path) -> Iterator[None]:
+    """Turn what is raised where header and tensors do not fit each other into one message."""
+    try:
+        yield
+    except ElastuneError:
+        raise
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadArtifact(
+            f"the header of {str(file)!r} does not fit its tensors: {said}",
+            try_="download or copy this file again",
+        ) from error
+
+
+def _check_numel(reader: Any, config: PreTrainedConfig, file: Path) -> None:
+    """Refuse a header that asks for more weights than the file holds, before memory is taken."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    if wanted > 2 * stored:  # the head may be the word embedding once more
+        raise BadArtifact(
+            f"the header of {str(file)!r} asks for {wanted:,} weights, the file holds {stored:,}",
+            try_="download or copy this file again",
+        )
 
 
 def _reader(file: Path) -> Any:
@@ -113,8 +150,9 @@ def _reader(file: Path) -> Any:
     if not file.is_file():
         raise BadArtifact(f"no GGUF file at {str(file)!r}", try_="check the path")
     try:
+        check_gguf_header(file)
         return GGUFReader(file)
-    except (ValueError, IndexError, KeyError, OSError) as error:
+    except Exception as error:  # its reader checks nothing, and breaks in numpy
         raise BadArtifact(
             f"{str(file)!r} is truncated or not a GGUF file ({file.stat().st_size} bytes): {error}",
             try_="download or copy this file again",
@@ -202,7 +240,9 @@ def _undo_interleaving(name: str, values: torch.Tensor, config: PreTrainedConfig
 def _model_through_transformers(here: dict[str, str], config: PreTrainedConfig) -> PreTrainedModel:
     """Return a fresh, savable model with the weights that transformers reads from the file."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**here, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **here, dtype=torch.float32, trust_remote_code=False
+        )
     except (ValueError, NotImplementedError) as error:
         raise UnsupportedModel(
             f"transformers cannot read {here['gguf_file']!r}: {error}",

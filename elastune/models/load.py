@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +27,7 @@ from transformers import (
 
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError, UnsupportedModel, nearest
 from elastune.models.builtin import BUILTIN, builtin_path
-from elastune.models.checkpoint import check_folder
+from elastune.models.checkpoint import check_folder, check_numel, refuse_kernels
 from elastune.models.families import record_for
 from elastune.models.gguf import gguf_path
 from elastune.models.save import save_model
@@ -145,7 +147,17 @@ def _resolve(name: str | Path) -> str:
     """Return a checkpoint folder on this machine, or else a hub id."""
     if isinstance(name, str) and name in BUILTIN:
         return str(builtin_path(name))
-    path = Path(name).expanduser()
+    if not isinstance(name, str | Path):
+        raise BadRecipe(
+            f"a model is a name or a path, got {str(name)[:80]!r}",
+            try_="a built-in name, a hub id, a folder or a .gguf file",
+        )
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise BadArtifact(
+            f"no model at {str(name)!r}: {error}", try_="a folder that save_pretrained wrote"
+        ) from error
     if path.is_file():
         if path.suffix == ".gguf":
             return str(gguf_path(path))
@@ -168,9 +180,12 @@ def _resolve(name: str | Path) -> str:
 
 def _config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each class of configs checks its fields in its own way
         raise _explain(source, error) from error
+    if not trust_remote_code:
+        refuse_kernels(config, source)
+    return config
 
 
 def _outline(
@@ -182,7 +197,7 @@ def _outline(
             model: PreTrainedModel = _AUTO[head].from_config(
                 config, dtype=dtype, attn_implementation=attention
             )
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # sizes that fit no model break wherever they are used first
         raise _explain(source, error) from error
     model.name_or_path = source
     if model.can_generate():
@@ -192,6 +207,8 @@ def _outline(
 
 
 def _weights(source: str, head: Head, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    if Path(source).is_dir() and not options["trust_remote_code"]:
+        _check_size(source, head, config)
     try:
         model, found = _AUTO[head].from_pretrained(
             source,
@@ -202,17 +219,25 @@ def _weights(source: str, head: Head, config: PreTrainedConfig, **options: Any) 
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise _explain(source, error) from error
-    except Exception as error:  # the safetensors error has no public base but Exception
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise BadArtifact(
             f"the weights of {source!r} cannot be read: {_first_line(error)}",
             try_="download or copy the checkpoint again",
         ) from error
+    except Exception as error:  # sizes that fit no model break wherever they are used first
+        raise _explain(source, error) from error
     _check_complete(source, model, head, found)
     return model
+
+
+def _check_size(source: str, head: Head, config: PreTrainedConfig) -> None:
+    """Refuse a config that asks for far more weights than the files hold."""
+    try:
+        with torch.device("meta"):
+            model = _AUTO[head].from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:
+        raise _explain(source, error) from error
+    check_numel(model, Path(source))
 
 
 def _renamed(head: Head, config: PreTrainedConfig) -> dict[str, str] | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from elastune.errors import BadRecipe, nearest
 from elastune.tasks.base import Example, Score, Task, TaskContext, normalise
@@ -91,6 +94,9 @@ TASKS: dict[str, type[Task]] = {
 }
 USER_TASKS = ("custom", "classification", "regression", "multiple_choice", "extractive_qa")
 """Those whose argument is the source of a user's own rows."""
+_Word = str | int | float | bool
+_LABELS = Sequence[_Word] | Mapping[_Word, _Word] | None
+"""YAML reads labels such as 0 and no as numbers and booleans."""
 TAKES_ARGUMENT = (
     "perplexity",
     "reasoning_gym",
@@ -152,6 +158,7 @@ def get_task(
 def _check_options(name: str, task_class: type[Task], options: dict[str, Any]) -> None:
     parameters = inspect.signature(task_class).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        _check_kinds(name, task_class, options)
         return
     allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for option in options:
@@ -160,3 +167,19 @@ def _check_options(name: str, task_class: type[Task], options: dict[str, Any]) -
                 f"task {name!r} has no option {option!r}{nearest(option, allowed)}; "
                 f"allowed: {', '.join(allowed)}."
             )
+    _check_kinds(name, task_class, options)
+
+
+def _check_kinds(name: str, task_class: type[Task], options: dict[str, Any]) -> None:
+    """Refuse options whose values are of another kind than the task's signature says."""
+    hints: dict[str, Any] = get_type_hints(task_class.__init__)
+    for option, value in options.items():
+        hint: Any = _LABELS if option == "labels" else hints.get(option, Any)
+        try:
+            TypeAdapter(hint).validate_python(value, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]["msg"].lower()
+            raise BadRecipe(
+                f"task {name!r}: option {option!r} cannot be {str(value)[:80]!r}: {first}",
+                try_="the documentation of the task: docs/tasks.md",
+            ) from error

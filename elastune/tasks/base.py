@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from elastune.errors import BadData
+from elastune.errors import BadData, BadRecipe
 from elastune.metrics import ACCURACY, Metric
 from elastune.tasks.prompts import Template, make_template
 
@@ -219,6 +219,8 @@ class Task(ABC):
         name = context.template or self.default_template
         self.template: Template = make_template(name, context.tokenizer)
         if max_new_tokens is not None:
+            if max_new_tokens < 1:
+                raise BadRecipe(f"max_new_tokens must be at least 1, got {max_new_tokens}")
             self.max_new_tokens = max_new_tokens
 
     @property

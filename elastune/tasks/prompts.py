@@ -112,9 +112,16 @@ def chat_prompt(tokenizer: Any, messages: list[dict[str, str]], wanted_by: str) 
         BadRecipe: no tokenizer, or one without a chat template.
     """
     _require_chat(tokenizer, wanted_by)
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as error:  # a template is a program, in a sandbox; it fails as it likes
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadRecipe(
+            f"{wanted_by}: the tokenizer's chat template cannot be filled in: {said}",
+            try_="template: alpaca, or another chat_template in its tokenizer_config.json",
+        ) from error
     bos = tokenizer.bos_token
     # The tokenizer adds its own BOS to a prompt: a second one in the text would double it.
     if bos and text.startswith(bos) and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastune.errors import BadData, BadRecipe
+from elastune.json_text import parse_json
 from elastune.metrics import EXACT_MATCH, TOKEN_F1, Metric
 from elastune.tasks.base import Kind, QuestionAnsweringExample, Task, TaskContext
 from elastune.tasks.prompts import refuse_template
@@ -138,8 +138,8 @@ def _structure(cell: str) -> Any:
     """Return the object or list that a cell spells in JSON, else its text as the one answer."""
     if cell.startswith(("{", '["', "[{")) or cell == "[]":
         try:
-            return json.loads(cell)
-        except json.JSONDecodeError:
+            return parse_json(cell)
+        except ValueError:
             pass
     return [cell] if cell else []
 

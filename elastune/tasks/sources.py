@@ -8,13 +8,15 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, TextIO, cast
 
 from elastune.errors import BadData, nearest
+from elastune.json_text import parse_json
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet")
@@ -102,7 +104,7 @@ def read_text(path: Path) -> str:
     try:
         with _open(path) as file:
             return file.read()
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise BadData(
             f"{path} cannot be read: {error}.", try_="store it as UTF-8 text, or gzip of it (.gz)"
         ) from error
@@ -157,10 +159,10 @@ def _rows_of_lines(text: str, path: Path) -> Iterator[Row]:
             continue
         place = f"{path} line {number}"
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
+            values = parse_json(line)
+        except ValueError as error:
             raise BadData(
-                f"{place} is not valid JSON: {error.msg} at column {error.colno}.",
+                f"{place} is not valid JSON: {_why(error)}.",
                 try_="write one JSON object a line (.jsonl), or one list of objects (.json)",
             ) from error
         yield _row(values, place)
@@ -168,13 +170,20 @@ def _rows_of_lines(text: str, path: Path) -> Iterator[Row]:
 
 def _rows_of_list(text: str, path: Path) -> list[Row]:
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(text)
+    except ValueError as error:
+        line = f" line {error.lineno}" if isinstance(error, JSONDecodeError) else ""
         raise BadData(
-            f"{path} line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}.",
+            f"{path}{line} is not valid JSON: {_why(error)}.",
             try_="one JSON object a line, or a file with a list of them",
         ) from error
     return [_row(value, f"{path} item {i}") for i, value in enumerate(values, start=1)]
+
+
+def _why(error: ValueError) -> str:
+    if isinstance(error, JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
 
 
 def _rows_of_table(text: str, path: Path) -> Iterator[Row]:
@@ -215,7 +224,7 @@ def _rows_of_parquet(path: Path) -> list[Row]:
         ) from error
     try:
         values = parquet.ParquetFile(path).read().to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise BadData(
             f"{path} cannot be read as parquet: {error}.",
             try_="write the table again; .csv and .jsonl are read, too",

@@ -106,7 +106,12 @@ class UserData(Generic[ExampleT]):
         if self.source.startswith(HUB):
             split = source if is_report else self._split
             return hub_rows(self.source.removeprefix(HUB), subset=self._subset, split=split)
-        path = Path(source).expanduser()
+        try:
+            path = Path(source).expanduser()
+        except RuntimeError as error:  # ~name of nobody
+            raise BadRecipe(
+                f"there is no folder {source!r}: {error}", try_="a file, or hub:OWNER/NAME"
+            ) from error
         if self._data_dir is not None and not path.exists():
             path = self._data_dir / path
         return read_rows(path)

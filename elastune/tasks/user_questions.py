@@ -5,12 +5,12 @@ task: {name: "multiple_choice:quiz.jsonl", options: {fields: {gold: answer}}, te
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elastune.errors import BadData
+from elastune.json_text import parse_json
 from elastune.metrics import ACCURACY, ACCURACY_NORM, Metric
 from elastune.tasks.base import (
     Kind,
@@ -156,8 +156,8 @@ def _choices(row: Row, field: str) -> tuple[list[str], list[str]]:
     value: Any = row.get(field)
     if isinstance(value, str):  # all that a table's cell can be
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
+            value = parse_json(value)
+        except ValueError:
             value = None
     labels: Any = []
     if isinstance(value, dict):
