@@ -208,17 +208,19 @@ class SearchWork:
                 drawn[config] = None
         if not drawn:
             return SearchResult(())
-        return search_space(
-            self.net.space,
-            lambda config: self.objective(config),  # without a race
-            values=self.values,
-            algorithm="random",
-            trials=len(drawn),
-            storage=self.storage,
-            study=f"{self.study}-random",
-            seed=self.run.recipe.seed,
-            start=[*drawn],
-        )
+        with self.run.reporter.bar("random, to compare with", "trials") as bar:
+            return search_space(
+                self.net.space,
+                lambda config: self.objective(config),  # without a race
+                values=self.values,
+                algorithm="random",
+                trials=len(drawn),
+                storage=self.storage,
+                study=f"{self.study}-random",
+                seed=self.run.recipe.seed,
+                start=[*drawn],
+                progress=lambda done, total, _: bar(done, total),
+            )
 
     @property
     def _cost_names(self) -> set[str]:
@@ -285,12 +287,9 @@ def search(run: Run) -> SearchResult:
     started = time.monotonic()
     _ = work.known  # prepared before other workers ask for it
     start = [*budgeted(run).values()]
-    with (
-        run.dir.stage("search", inputs, run.dir.trials),
-        run.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar,
-        other_workers(run),
-    ):
-        result = work.search(cfg.trials, start, bar)
+    with run.dir.stage("search", inputs, run.dir.trials):
+        with run.reporter.bar(f"search ({cfg.algorithm})", "trials") as bar, other_workers(run):
+            result = work.search(cfg.trials, start, bar)
         write_json(run.dir.trials, result.to_dict() | {"about": _about(work, result, started)})
     return result
 
