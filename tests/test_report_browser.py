@@ -194,6 +194,19 @@ def test_chosen_member_is_shown_first_with_the_code_that_loads_it(
     assert f'from_pretrained(model, "{report.parent}/subnets/best")' in shown
 
 
+def test_the_details_of_a_trial_name_its_exports_and_what_loads_them(
+    browser: Page, tmp_path: Path
+) -> None:
+    run = make_searched(tmp_path / "run")
+    (run / "export/gguf").mkdir(parents=True)
+    row = {"folder": "export/gguf", "label": "gguf", "subnet": "best", "loads_with": "llama.cpp"}
+    gone = row | {"folder": "export/onnx", "label": "onnx", "loads_with": "onnxruntime"}
+    rows = [each | {"n_bytes": 2**20, "largest_difference": 1e-4} for each in (row, gone)]
+    (run / "exports.json").write_text(json.dumps({"schema": 1, "exports": rows}))
+    browser.open(write_report(run))
+    assert "loads with: gguf (llama.cpp)." in browser.text("#point")
+
+
 def test_arrow_keys_walk_along_the_front(browser: Page, report: Path, data: dict[str, Any]) -> None:
     browser.open(report)
     browser.js("document.querySelector('#front [tabindex=\"0\"]').focus()")

@@ -16,7 +16,7 @@ _TITLES = ("export", "sub-network", "MB", "largest difference", "loads with", "f
 
 def exports(run: RunData) -> str:
     """Write the exports that are still there, and the lines that load those that have some."""
-    rows = [row for row in run.exports if (run.path / row["folder"]).is_dir()]
+    rows = standing(run)
     if not rows:
         return ""
     head = "".join(f'<th scope="col">{title}</th>' for title in _TITLES)
@@ -28,12 +28,18 @@ def exports(run: RunData) -> str:
     )
     note = (
         "Each was run in a fresh process by what loads it; the difference is from the outputs of "
-        "the sub-network in torch. <code>elastune check</code> proves them again."
+        "the sub-network in torch. <code>elastune check</code> proves them again. The lines that "
+        "load one are run in its folder."
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    table = f'<table class="exports"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return section(
         "Exports", f'<div class="scroll">{table}</div><p class="note">{note}</p>{_codes(rows)}'
     )
+
+
+def standing(run: RunData) -> list[dict[str, Any]]:
+    """Return what the run notes of those exports whose folders are still there."""
+    return [row for row in run.exports if (run.path / row["folder"]).is_dir()]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from elastune.report.exports import standing
 from elastune.report.layers import config_text
 from elastune.report.load import RunData
 from elastune.report.loading import load_code
@@ -262,6 +263,11 @@ def _data(
             name: [kind, load_code(run, name)]
             for name, kind in run.subnets.items()
             if name in names
+        },
+        "exports": {
+            name: [f"{made['label']} ({made['loads_with']})" for made in mine]
+            for name in sorted(names)
+            if (mine := [made for made in standing(run) if made["subnet"] == name])
         },
         "scored": sorted(names & scored | names & {"largest", "heuristic", "smallest"}),
         "extract": f"elastune extract {shlex.quote(str(run.path))} --config",

@@ -86,7 +86,9 @@
     if (!name) return [make("p", "Not extracted; this command writes it:"), ...copied(command(found), "wrap")];
     const [kind, code] = data.loads[name];
     const kinds = { peft: "a PEFT adapter", model: "a model of stock classes", "own-code": "a model with its own code" };
-    return [make("p", `Extracted as subnets/${name}, ${kinds[kind]}:`), ...copied(code, "")];
+    const more = found.names.flatMap((each) => data.exports[each] ?? []);
+    const told = more.length ? [make("p", `Exported, and loads with: ${more.join(", ")}.`)] : [];
+    return [make("p", `Extracted as subnets/${name}, ${kinds[kind]}:`), ...copied(code, ""), ...told];
   };
 
   const show = (point) => {
