@@ -6,8 +6,9 @@ number of tokens cancels out of every mask.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+_ROWS = 256
 
 
 class InputNorm:
@@ -18,8 +19,11 @@ class InputNorm:
 
     def add(self, x: Tensor) -> None:
         """Take in a batch of inputs, ``(tokens, I)``."""
-        squares = torch.linalg.vector_norm(x, dim=0, dtype=torch.float32).square_()
-        self.squares = squares if self.squares is None else self.squares.add_(squares)
+        # Some rows at a time, whose squares stay in the cache: on a CPU torch's norm over columns
+        # takes three times as long for 576 of them, thirteen times for 1,536.
+        for rows in x.split(_ROWS):
+            squares = rows.float().square().sum(dim=0)
+            self.squares = squares if self.squares is None else self.squares.add_(squares)
 
     @property
     def norm(self) -> Tensor:
