@@ -152,7 +152,7 @@ def export_adapter(
         format="peft",
         weights="float32",
         runtime="transformers",
-        loads_with=f"plain PEFT, on its base {home.name}",
+        loads_with=f"plain PEFT, on the model in {home.name}",
         largest_difference=worst,
         seconds=seconds,
         **found,
