@@ -31,7 +31,7 @@ def check(run: Run) -> None:
     check_limits(run.recipe.search, run.recipe.search.limits, run.recipe.baselines)
     check_storage(run.recipe.search.storage)
     _check_tasks(run)
-    model, _ = run.load_dense()
+    model, _ = run.outline if run.streams else run.load_dense()
     structure = run.recipe.structure
     is_generated = structure is not None and structure.generate is not None
     space = (

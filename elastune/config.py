@@ -23,6 +23,7 @@ from elastune.sections import (
     GenerateConfig,
     ImportanceConfig,
     MovementConfig,
+    Quantise,
     QuantiseConfig,
     SearchConfig,
     Section,
@@ -125,8 +126,8 @@ class Recipe(Section):
     vocabulary: Literal["whole", "task"] = "whole"
     """"task": only tokens of the training examples (and single characters) stay, in all systems."""
     sparsify: SparsifyConfig = SparsifyConfig()
-    quantise: QuantiseConfig | None = None
-    """Put the base on an INT4 grid once it is sparse; by default where adapter.keep is int4."""
+    quantise: Quantise | None = None
+    """Make the base 4-bit once it is sparse; by default an INT4 grid where adapter.keep is int4."""
     importance: ImportanceConfig | None = None
     """Only of methods that order heads and channels by it, or make the search space from it."""
     structure: StructureConfig | None = None
@@ -185,7 +186,9 @@ class Recipe(Section):
             )
         if self.importance is not None and not ordered:
             raise ValueError("the section 'importance' is of use with structure.order=importance")
+        self._check_packed()
         self._check_keep()
+        self._check_stream()
         if self.structure is None and not self.adapter.ranks:
             raise ValueError("adapter.ranks is empty, so that there is nothing to train")
         if not self.adapter.ranks and self.train.update == "adapter":
@@ -202,6 +205,8 @@ class Recipe(Section):
     def _check_keep(self) -> None:
         """Raise ValueError unless merging can keep what the recipe wants."""
         keep = self.adapter.keep
+        if self.packs_base:
+            return
         if self.quantise is not None and self.method != "sqft":
             raise ValueError(f"method {self.method} has no section 'quantise'; use method: sqft")
         if keep == "nothing" and self.quantise is None:
@@ -218,6 +223,49 @@ class Recipe(Section):
             raise ValueError(f"adapter.keep={keep} is of adapters: train.update must be adapter")
         if self.sparsify.choices:
             raise ValueError(f"adapter.keep={keep} needs one sparsity: leave sparsify.choices out")
+
+    def _check_packed(self) -> None:
+        """Raise ValueError unless all that the recipe wants can be done with a 4-bit base."""
+        if not self.packs_base:
+            return
+        if self.method != "shears":
+            raise ValueError(
+                f"quantise.method=nf4 packs the base's weights, which method {self.method} would "
+                "cut, train or merge with; use method: shears, whose adapters stand beside them"
+            )
+        if self.sparsify.choices:
+            raise ValueError("packed weights cannot be masked: leave sparsify.choices out")
+        if self.train.update == "full":
+            raise ValueError("packed weights cannot train: train.update must be adapter")
+        if self.adapter.keep != "nothing":
+            raise ValueError("adapters cannot merge with packed weights: leave adapter.keep out")
+
+    def _check_stream(self) -> None:
+        """Raise ValueError where a base is to be streamed that something else needs whole."""
+        if self.sparsify.stream is True and self.unstreamed is not None:
+            raise ValueError(
+                f"sparsify.stream=true: {self.unstreamed} needs the base in memory whole; leave "
+                "one of them out"
+            )
+
+    @property
+    def packs_base(self) -> bool:
+        """Whether the base's weights are packed in 4 bits."""
+        return self.quantise is not None and self.quantise.method == "nf4"
+
+    @property
+    def unstreamed(self) -> str | None:
+        """What of the recipe keeps its base from being made block by block, if anything."""
+        structure = self.structure
+        found = {
+            f"start={self.start}": self.start != "model",
+            "vocabulary=task": self.vocabulary == "task",
+            "sparsify.choices": bool(self.sparsify.choices),
+            "an INT4 grid": self.quantise is not None and not self.packs_base,
+            "structure.order=importance": structure is not None and structure.order == "importance",
+            "trust_remote_code": self.trust_remote_code,
+        }
+        return next((name for name, is_so in found.items() if is_so), None)
 
     @property
     def only_scores(self) -> bool:

@@ -55,15 +55,15 @@ def model_cost(model: PreTrainedModel, tokens: int) -> Cost:
     Raises:
         UnsupportedModel: unknown family.
     """
-    parameters = list(model.parameters())
+    whole = counted(model.parameters())
     work = Work(model, tokens)
     outside = total([work.linear(name, m) for name, m in work.linears() if not work.in_block(name)])
     inside = [work.linear(name, m) for name, m in work.linears() if work.in_block(name)]
     inside += [work.attention(i, _attention_width(b, work.record)) for i, b in work.blocks()]
     within = total(inside)
     return Cost(
-        sum(p.numel() for p in parameters),
-        sum(int(torch.count_nonzero(p)) for p in parameters),
+        whole.params,
+        whole.nonzero,
         outside.macs + within.macs,
         outside.decode_macs + within.decode_macs,
         within.macs,

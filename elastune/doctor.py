@@ -11,9 +11,10 @@ from rich.table import Table
 
 _PACKAGES = (
     *("torch", "transformers", "accelerate", "peft", "safetensors", "optuna", "numpy"),
-    *("datasets", "gguf", "lm-eval", "reasoning-gym", "tensorboard", "trackio"),
+    *("bitsandbytes", "datasets", "gguf", "lm-eval", "reasoning-gym", "tensorboard", "trackio"),
 )
 _EXTRAS = {
+    "bitsandbytes": "4bit",
     "datasets": "data",
     "gguf": "gguf",
     "lm-eval": "lm-eval",

@@ -103,7 +103,8 @@ def _teacher(
 def _sparsify(recipe: Recipe) -> dict[str, Any]:
     """Return how the base is made; what shares a sparsity tells nothing where none is chosen."""
     cfg = recipe.sparsify
-    return cfg.model_dump(mode="json", exclude=None if cfg.choices else {"choices", "per"})
+    unused = {"stream"} if cfg.choices else {"stream", "choices", "per"}  # streamed or not: alike
+    return cfg.model_dump(mode="json", exclude=unused)
 
 
 def _adapter(recipe: Recipe) -> dict[str, Any]:

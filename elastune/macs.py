@@ -21,6 +21,7 @@ from elastune.elastic.embedding import ElasticEmbedding
 from elastune.linears import in_features, out_features
 from elastune.models.architecture import type_of
 from elastune.models.families import record_for
+from elastune.models.four_bit import unpacked
 
 
 class Row(NamedTuple):
@@ -39,7 +40,8 @@ def total(rows: Iterable[Row]) -> Row:
 
 def counted(parameters: Iterable[Tensor]) -> Row:
     """Count parameters and those that are not zero."""
-    sizes = [(p.numel(), int(torch.count_nonzero(p))) for p in parameters]
+    numbers = (unpacked(p) for p in parameters)
+    sizes = [(p.numel(), int(torch.count_nonzero(p))) for p in numbers]
     return Row(sum(size for size, _ in sizes), sum(nonzero for _, nonzero in sizes))
 
 

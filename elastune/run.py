@@ -7,9 +7,11 @@ did not change since it was done, and goes on where it was killed otherwise.
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +32,7 @@ from elastune.heads import HEADS, Head
 from elastune.inputs import fingerprint, plain_training, stage_inputs
 from elastune.leaks import check_text_leaks
 from elastune.models import load_model
+from elastune.models.streamed import StreamedModel, weight_bytes
 from elastune.processes import shards_base
 from elastune.progress import Reporter
 from elastune.quantise import load_grids
@@ -86,7 +89,20 @@ class Run:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer."""
-        return self.load_dense()[1]
+        return self.outline[1] if self.streams else self.load_dense()[1]
+
+    @cached_property
+    def outline(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base model without weights, and its tokenizer."""
+        return load_model(self.recipe.model, **{**self.as_loaded, "device": "meta"})
+
+    @cached_property
+    def streams(self) -> bool:
+        """Whether the base is made block by block, from its files."""
+        wanted = self.recipe.sparsify.stream
+        if wanted != "auto" or self.recipe.unstreamed is not None:
+            return wanted is True
+        return weight_bytes(self.outline[0]) > psutil.virtual_memory().available / 2
 
     @cached_property
     def splits(self) -> Splits:
@@ -141,7 +157,7 @@ class Run:
         # A head that the checkpoint lacks gets random weights: the same at every load.
         torch.manual_seed(self.recipe.seed)
         model, tokenizer = load_model(
-            self.recipe.model, trust_remote_code=self.recipe.trust_remote_code, **self._as_loaded
+            self.recipe.model, trust_remote_code=self.recipe.trust_remote_code, **self.as_loaded
         )
         if self.recipe.vocabulary == "task":
             tokenizer = self._trimmed(model, tokenizer)
@@ -170,8 +186,12 @@ class Run:
         self._kept_tokens = found.kept
         return smaller
 
+    def stream(self, source: str | Path, *, whole_head: bool = False) -> StreamedModel:
+        """Open a model of this run of which one block at a time is in memory."""
+        return StreamedModel(source, **self.as_loaded, whole_head=whole_head)
+
     @property
-    def _as_loaded(self) -> dict[str, Any]:
+    def as_loaded(self) -> dict[str, Any]:
         """How models of this run are loaded."""
         # One that is cut into shards may be too large for any one device.
         on_gpu = torch.cuda.is_available() and not shards_base()
@@ -198,7 +218,7 @@ class Run:
             raise BadArtifact(
                 f"{self.dir.base} is missing or of another recipe", try_="elastune sparsify RUN"
             )
-        model, _ = load_model(self.dir.base, **self._as_loaded)
+        model, _ = load_model(self.dir.base, **self.as_loaded)
         expected = read_json(self.dir.sparsity)["total"]["zeros"]
         found = sparsity_report(model, method="", sparsity=self.sparsity)["total"]["zeros"]
         if found != expected:
@@ -249,7 +269,7 @@ class Run:
         base, _, update = name.partition("+")
         model = self.load_dense()[0] if base == "dense" else self.load_sparse()
         cfg = plain_training(self.recipe).model_copy(update={"seed": self.train_config.seed})
-        head = self._as_loaded["head"]
+        head = self.as_loaded["head"]
         return plain(model, head, cfg, update, self.recipe.adapter)  # type: ignore[arg-type]
 
     def untrained(self, model: PreTrainedModel, space: SearchSpace) -> SuperNetwork:
@@ -265,14 +285,18 @@ class Run:
         seed = self.train_config.seed or 0
         return adapted(
             model,
-            self._as_loaded["head"],
+            self.as_loaded["head"],
             space,
             self.recipe.adapter,
             seed,
             train_base=self.recipe.train.update == "full",
             levels=self._levels(space),
-            grids=load_grids(self.dir.grid) if self.recipe.quantise else None,
+            grids=load_grids(self.dir.grid) if self._is_on_grid else None,
         )
+
+    @property
+    def _is_on_grid(self) -> bool:
+        return self.recipe.quantise is not None and not self.recipe.packs_base
 
     def _levels(self, space: SearchSpace) -> WeightLevels | None:
         """Return the order in which weights leave, where the space has dims of sparsity."""
@@ -283,7 +307,7 @@ class Run:
     @property
     def head(self) -> Head:
         """What reads the task's examples."""
-        return HEADS[self._as_loaded["head"]]
+        return HEADS[self.as_loaded["head"]]
 
     def load_teacher(self, name: str) -> PreTrainedModel:
         """Load a trained baseline, or the checkpoint that a recipe names.
@@ -293,7 +317,7 @@ class Run:
         """
         if name in self.recipe.baselines:
             return self.load_baseline(name).model
-        model, tokenizer = load_model(name, **self._as_loaded)
+        model, tokenizer = load_model(name, **self.as_loaded)
         if self.recipe.vocabulary == "task":
             tokenizer = self._trimmed(model, tokenizer)
         if tokenizer.get_vocab() != self.tokenizer.get_vocab():

@@ -11,6 +11,7 @@ from elastune.elastic.lora import ElasticLoRALinear
 from elastune.elastic.sparse import levels_of, mask_of
 from elastune.linears import in_features, is_linear, out_features, weight_of
 from elastune.macs import Row, counted, total
+from elastune.models.four_bit import unpacked
 
 
 class Slice(NamedTuple):
@@ -49,7 +50,8 @@ class Cut:
             return Slice(rows.params, rows.nonzero, 0, 0, 0)
         sizes = [out_features(module), in_features(module)]
         if index is None:
-            zeros = module.weight.numel() - int(torch.count_nonzero(module.weight))
+            weight = unpacked(module.weight)
+            zeros = weight.numel() - int(torch.count_nonzero(weight))
             return Slice(whole.params, whole.nonzero, sizes[0] * sizes[1], sum(sizes), zeros)
         sizes[self._dim] = len(index)
         weights = sizes[0] * sizes[1]

@@ -30,6 +30,7 @@ from elastune.importance import (
 from elastune.importance.base import zeros_per_row
 from elastune.linears import in_features, weight_of
 from elastune.models import architecture
+from elastune.models.four_bit import unpacked
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 
@@ -244,7 +245,7 @@ def sparsity_report(model: PreTrainedModel, *, method: str, sparsity: Sparsity) 
 
 def zeros_of(linear: Any) -> dict[str, Any]:
     """Return the row of sparsity.json of one linear layer."""
-    weight: Tensor = linear.weight
+    weight = unpacked(linear.weight)
     zeros = int((weight == 0).sum())
     shape = list(weight.shape)
     return {"shape": shape, "zeros": zeros, "sparsity": zeros / weight.numel()}

@@ -8,27 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from transformers import PreTrainedModel
-
-from elastune.build_sparsity import Criterion, save_levels, sparsity_levels, sparsity_space
-from elastune.config import QuantiseConfig, TrainConfig
-from elastune.drop_blocks import drop_blocks_
-from elastune.elastic.mask import WeightLevels
-from elastune.elastic.merge_rules import Int4Grid
-from elastune.files import whole_folder, write_json
+from elastune.base_stage import make_base
+from elastune.config import TrainConfig
+from elastune.files import write_json
 from elastune.finetune import save_tuned
-from elastune.importance.ranking import Ranking
-from elastune.importance.structure import structure_scores
 from elastune.inputs import fingerprint
-from elastune.models import write_model
 from elastune.processes import is_main, main_first, together
-from elastune.quantise import quantise_, save_grids
-from elastune.reorder import reorder_
 from elastune.run import Run
 from elastune.sampling import make_sampler
-from elastune.sparsify import sparsify_, sparsity_report
 from elastune.teacher import AnyTeacher, Teacher, cache_teacher
 from elastune.train import train
 from elastune.trained import Trainee
@@ -39,73 +28,8 @@ def sparsify(run: Run) -> None:
     inputs = run.inputs("sparsify")
     if run.dir.is_done("sparsify", inputs):
         return
-    cfg = run.recipe.sparsify
-    model = run.load_start()
     with run.dir.stage("sparsify", inputs, run.dir.base):
-        if run.sparsity.ratio > 0:
-            with run.reporter.bar(f"sparsify ({cfg.method})", "blocks") as bar:
-                is_blind = cfg.method == "magnitude"
-                rows = None if is_blind else run.calibration(model, cfg.calibration)
-                sparsify_(model, cfg.method, run.sparsity, rows, progress=bar)
-        _reorder(run, model)
-        grids = None
-        if run.recipe.quantise is not None:
-            grids = _quantise(run, model, run.recipe.quantise)
-        levels = _levels(run, model)
-        report = sparsity_report(model, method=cfg.method, sparsity=run.sparsity)
-        with whole_folder(run.dir.base) as partial:
-            write_model(model, run.tokenizer, partial)
-            write_json(partial / run.dir.sparsity.name, report)
-            if grids is not None:
-                save_grids(partial / run.dir.grid.name, grids)
-            if levels is not None:
-                save_levels(partial / run.dir.levels.name, levels, {"criterion": cfg.method})
-    if run.sparsity.ratio > 0:
-        share = report["total"]["sparsity"]
-        run.reporter.say(f"{share:.2%} of the blocks' weights are zero")
-    if grids is not None:
-        run.reporter.say(f"the weights of {len(grids)} linear layers are on an INT4 grid")
-
-
-def _quantise(run: Run, model: PreTrainedModel, cfg: QuantiseConfig) -> dict[str, Int4Grid]:
-    """Put the weights on an INT4 grid."""
-    text = run.recipe.sparsify.calibration
-    rows = run.calibration(model, text) if cfg.method == "gptq" else None
-    with run.reporter.bar(f"quantise ({cfg.method})", "blocks") as bar:
-        return quantise_(
-            model, cfg.method, group_size=cfg.group_size, calibration=rows, progress=bar
-        )
-
-
-def _levels(run: Run, model: PreTrainedModel) -> WeightLevels | None:
-    """Order the weights for all sparsities that the recipe lets the search choose from."""
-    cfg = run.recipe.sparsify
-    if not cfg.choices:
-        return None
-    rows = None if cfg.method == "magnitude" else run.calibration(model, cfg.calibration)
-    space = sparsity_space(model, cfg.choices, per=cfg.per)
-    with run.reporter.bar(f"order weights ({cfg.method})", "layers") as bar:
-        return sparsity_levels(model, space, cast(Criterion, cfg.method), rows, progress=bar)
-
-
-def _reorder(run: Run, model: PreTrainedModel) -> None:
-    """Sort heads and channels, best first; the model computes what it did.
-
-    Blocks that no point of a generated space keeps are then left out.
-    """
-    cfg = run.recipe.structure
-    if cfg is None or cfg.order == "natural":
-        return
-    if cfg.order == "importance":
-        reorder_(model, Ranking.load(run.dir.importance).order)
-        if cfg.generate is not None:
-            drop_blocks_(model, run.generated.removed_blocks)
-        return
-    if cfg.ffn is None and cfg.heads is None:
-        return
-    rows = None if cfg.order == "magnitude" else run.calibration(model, cfg.calibration)
-    run.reporter.say(f"heads and channels are sorted by {cfg.order}, so that the best are kept")
-    reorder_(model, structure_scores(model, rows, method=cfg.order))
+        make_base(run)
 
 
 def train_supernet(run: Run) -> None:

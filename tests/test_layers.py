@@ -16,6 +16,7 @@ LAYERS: list[set[str]] = [
     | {"name_patterns", "json_text"},
     {"files", "sections", "space", "tasks", "linears", "decoding", "console", "statistics"}
     | {"race", "processes"},
+    {"seals"},
     {"allocate"},
     {"config", "elastic", "state", "search", "leaks", "report", "predictions"},
     {
@@ -54,6 +55,7 @@ LAYERS: list[set[str]] = [
     {"generate_space", "train", "rank_in_rounds"},
     {"finetune", "learn_scores"},
     {"run"},
+    {"base_stage"},
     {"stages"},
     {"budgets", "prepare"},
     {"search_costs", "search_limits", "search_workers"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from elastune.errors import BadArtifact, BadRecipe, UnsupportedModel
 from elastune.importance.fisher import fisher_scores
 from elastune.importance.streamed import streamed_scores
 from elastune.importance.structure import structure_scores
+from elastune.memory import peak_memory
 from elastune.models import load_model, save_model
 from elastune.models.blocks import blocks
 from elastune.models.families import known_model_types
@@ -45,7 +47,12 @@ def assert_same_weights(found: Path, expected: Any) -> None:
         assert torch.equal(state[name], value), name
 
 
-@pytest.mark.parametrize("name", READERS)
+FAST = ("qwen3", "gpt2", "falcon", "bloom", "opt", "deberta-v2", "gemma3_text", "distilbert")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in READERS]
+)
 def test_streaming_prunes_as_in_memory_in_every_family(name: str, tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "dense", name)
     expected, _ = load_model(source)
@@ -114,7 +121,13 @@ def test_settings_and_tokenizer_are_those_of_the_model_in_memory(tmp_path: Path)
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon", "bloom", "opt", "gemma2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("llama", "gpt2", "falcon"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("bloom", "opt", "gemma2")),
+    ],
+)
 @pytest.mark.parametrize("method", ["wanda", "magnitude", "taylor"])
 @pytest.mark.filterwarnings("ignore:magnitude removes")
 def test_heads_and_channels_are_scored_and_sorted_as_in_memory(
@@ -131,7 +144,15 @@ def test_heads_and_channels_are_scored_and_sorted_as_in_memory(
 
 
 @pytest.mark.parametrize("on_disk", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "falcon-multi-query", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        pytest.param("gpt_neox", marks=pytest.mark.slow),
+        "falcon-multi-query",
+        pytest.param("gemma3_text", marks=pytest.mark.slow),
+    ],
+)
 def test_scores_that_follow_a_loss_go_back_block_by_block(
     name: str, on_disk: bool, tmp_path: Path
 ) -> None:
@@ -194,3 +215,38 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(UnsupportedModel, match="between blocks 0 and 1"):
         sparsify_checkpoint(convolution, tmp_path / "out", "wanda", HALF, ROWS)
     assert not (tmp_path / "out").exists()
+
+
+def prepare_sparsify(source: str, target: str, streamed: bool) -> Callable[[], object]:
+    """Return the pruning of a checkpoint, run in a process of its own."""
+    rows = torch.randint(3, 200, (4, 32), generator=torch.Generator().manual_seed(0))
+
+    def work() -> object:
+        if streamed:
+            return sparsify_checkpoint(source, Path(target), "wanda", HALF, rows)
+        model, tokenizer = load_model(source)
+        sparsify_(model, "wanda", HALF, rows)
+        return save_model(model, tokenizer, target)
+
+    return work
+
+
+@pytest.mark.slow
+def test_memory_stays_under_half_of_the_weights(tmp_path: Path) -> None:
+    sizes: Any = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 64}
+    source = checkpoint(
+        tmp_path / "dense", "llama", **sizes, num_hidden_layers=12, num_attention_heads=8
+    )
+    weights_mb = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**20
+    assert weights_mb > 150
+    used = {}
+    for streamed in (True, False):
+        options = {
+            "source": str(source),
+            "target": str(tmp_path / f"out-{streamed}"),
+            "streamed": streamed,
+        }
+        peak = peak_memory("test_stream:prepare_sparsify", options)
+        used[streamed] = peak.peak_mb - peak.start_mb
+    assert used[True] < weights_mb / 2
+    assert used[False] > 0.9 * weights_mb

@@ -29,6 +29,7 @@ from elastune.errors import BadArtifact, BadRecipe, ElastuneError, UnsupportedMo
 from elastune.models.builtin import BUILTIN, builtin_path
 from elastune.models.checkpoint import check_folder, check_numel, refuse_kernels
 from elastune.models.families import record_for
+from elastune.models.four_bit import compute_as_trained, nf4_config
 from elastune.models.gguf import gguf_path
 from elastune.models.save import save_model
 
@@ -56,6 +57,7 @@ def load_model(
     num_labels: int | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    load_in_4bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model in eval mode and its tokenizer, which always has a pad token.
 
@@ -69,6 +71,8 @@ def load_model(
         num_labels: classes of a sequence-classification head; None keeps the checkpoint's.
         attn_implementation: as in transformers: ``"eager"``, ``"sdpa"``, ...
         trust_remote_code: run Python code that comes with the checkpoint. Off by default.
+        load_in_4bit: pack the linear layers of the blocks as NF4 (bitsandbytes) while loading;
+            they compute in ``dtype``. Checkpoints that are packed already need no such word.
 
     Raises:
         BadRecipe: an option with a value that is not allowed.
@@ -88,15 +92,23 @@ def load_model(
         )
     if num_labels is not None:
         config.num_labels = num_labels
-    options = {"trust_remote_code": trust_remote_code, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attn_implementation,
+    }
+    if load_in_4bit:
+        options["quantization_config"] = nf4_config(DTYPES[dtype])
+    if device is not None and (load_in_4bit or hasattr(config, "quantization_config")):
+        options["device_map"] = {"": device}  # packed weights are placed while they are read
     if device == "meta":
         model, device = _outline(source, head, config, DTYPES[dtype], attn_implementation), None
     else:
         model = _weights(source, head, config, dtype=DTYPES[dtype], **options)
     tokenizer = _tokenizer(source, trust_remote_code)
     _ensure_pad_token(model, tokenizer)
+    compute_as_trained(model)
     model.eval()
-    return (model if device is None else model.to(device)), tokenizer  # type: ignore[arg-type]
+    return (model if device is None or "device_map" in options else model.to(device)), tokenizer  # type: ignore[arg-type]
 
 
 def checkpoint_folder(name: str | Path) -> Path:

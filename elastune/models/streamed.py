@@ -7,11 +7,14 @@ forgotten afterwards. Names in the files are those that transformers would give 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor
@@ -78,9 +81,11 @@ class StreamedModel:
         """What is in memory all the time."""
         self._left = [name for name in outside if name not in set(self._kept)]
         """What is only copied from file to file."""
-        self._fill(self._kept)
-        self.model.tie_weights()
-        self.model.requires_grad_(False).eval()
+        self._pool: dict[tuple[str, torch.Size], Tensor] = {}
+        """Memory of one block, used by all in turn: allocators do not give back what blocks of
+        their own would leave between what is still in use."""
+        self._map_kept()
+        self.model.eval()
 
     @contextmanager
     def resident(self, index: int, writer: ShardWriter | None = None) -> Iterator[None]:
@@ -89,7 +94,10 @@ class StreamedModel:
         Nothing is written where the context ends with an exception.
         """
         names = self._of_block(index)
-        self._fill(names)
+        if index == 0:
+            self._map_kept()  # embeddings were looked up: the pages of their file are let go
+        for name in names:
+            self._put(name, self._pooled(name, index))
         try:
             yield
             if writer is not None:
@@ -97,6 +105,7 @@ class StreamedModel:
         finally:
             for name in names:
                 set_module_tensor_to_device(self.model, name, "meta", clear_cache=False)
+            _trim()
 
     def write_rest(self, writer: ShardWriter) -> None:
         """Write what lies outside of the blocks: what is in memory, then the others one by one."""
@@ -112,26 +121,40 @@ class StreamedModel:
         """Return tensors of the model by the names they have in the checkpoint."""
         return {self._places[n][1]: self.model.get_parameter_or_buffer(n).detach() for n in names}
 
-    def _fill(self, names: list[str]) -> None:
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._places[name][0], []).append(name)
-        for file, members in by_file.items():
-            with safe_open(file, "pt") as tensors:
-                for name in members:
-                    value = self._cast(tensors.get_tensor(self._places[name][1]))
-                    set_module_tensor_to_device(
-                        self.model, name, self._device, value=value, clear_cache=False
-                    )
+    def _map_kept(self) -> None:
+        """Read what lies outside of the blocks: where nothing is cast, its file is only mapped."""
+        for name in self._kept:
+            self._put(name, self._read(name))
+        self.model.tie_weights()
+        self.model.requires_grad_(False)
+
+    def _put(self, name: str, value: Tensor) -> None:
+        set_module_tensor_to_device(self.model, name, self._device, value=value, clear_cache=False)
+
+    def _pooled(self, name: str, index: int) -> Tensor:
+        """Read a weight of a block into the memory that this weight has in every block."""
+        value = self._read(name)
+        key = (name.removeprefix(self.block_names[index]), value.shape)
+        if key not in self._pool:
+            self._pool[key] = torch.empty_like(value, device=self._device)
+        return self._pool[key].copy_(value)
 
     def _read(self, name: str) -> Tensor:
         file, key = self._places[name]
         with safe_open(file, "pt") as tensors:
-            return self._cast(tensors.get_tensor(key))
+            value: Tensor = tensors.get_tensor(key)
+        return value.to(self._dtype) if value.is_floating_point() else value
 
-    def _cast(self, tensor: Tensor) -> Tensor:
-        """Return a copy: what safetensors returns is mapped, and keeps its file's pages."""
-        return tensor.to(self._dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Return how many bytes a model's weights take, or would take if they were in memory."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _trim() -> None:
+    """Have the C library give back what activations and scores left; elsewhere do nothing."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _places(folder: Path, model: PreTrainedModel) -> Mapping[str, tuple[Path, str]]:

@@ -16,7 +16,13 @@ from elastune.sections.structure import (
     SparsifyConfig,
     StructureConfig,
 )
-from elastune.sections.train import AdapterConfig, DistillConfig, QuantiseConfig, TrainConfig
+from elastune.sections.train import (
+    AdapterConfig,
+    DistillConfig,
+    Quantise,
+    QuantiseConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "AdapterConfig",
@@ -27,6 +33,7 @@ __all__ = [
     "GenerateConfig",
     "ImportanceConfig",
     "MovementConfig",
+    "Quantise",
     "QuantiseConfig",
     "SearchConfig",
     "Section",

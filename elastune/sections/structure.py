@@ -19,6 +19,10 @@ class SparsifyConfig(Section):
     pattern: str | None = None
     """"2:4" or "4:8": n zeros of every m weights; overrides ``ratio``."""
     calibration: CalibrationConfig = CalibrationConfig()
+    stream: bool | Literal["auto"] = "auto"
+    """Read, prune and write the base block by block, so that it is never in memory whole
+    (docs/memory.md); "auto": where its weights would take more than half of the free memory. The
+    result is the same."""
     choices: list[float] | dict[str, list[float]] = []
     """Shares of zeros to choose from, such as [0.0, 0.3, 0.5]: they are searched like ranks;
     for all layers, or patterns over dim names -> shares. ``ratio`` is then 0 unless given."""

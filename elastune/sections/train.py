@@ -33,14 +33,23 @@ class AdapterConfig(Section):
 
 
 class QuantiseConfig(Section):
-    """How the linear layers of the base's blocks are put on an INT4 grid (docs/merging.md)."""
+    """How the linear layers of the base's blocks become 4-bit numbers: on an INT4 grid that
+    adapters can merge with (docs/merging.md), or packed in memory (docs/memory.md)."""
 
-    method: Literal["gptq", "rtn"] = "gptq"
+    method: Literal["gptq", "rtn", "nf4"] = "gptq"
     """"gptq": columns that are still to be rounded make up for those that were, on the calibration
-    text of ``sparsify``; "rtn": to nearest."""
+    text of ``sparsify``; "rtn": to nearest. "nf4" (QLoRA; of method shears): packed by
+    bitsandbytes, an eighth of float32 in memory, with adapters beside it."""
     group_size: int = Field(64, ge=2)
     """In features that share a scale and a zero point."""
 
+
+def _by_method(value: Any) -> Any:
+    """Let ``quantise: nf4`` stand for ``quantise: {method: nf4}``."""
+    return {"method": value} if isinstance(value, str) else value
+
+
+Quantise = Annotated[QuantiseConfig, BeforeValidator(_by_method)]
 
 Schedule = Literal[
     "cosine",
