@@ -11,6 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,10 +54,15 @@ class Trial:
     equivalents: float = field(default=1.0, compare=False)
     violation: float = field(default=0.0, compare=False)
 
-    @property
+    @cached_property
     def failed(self) -> bool:
         """Whether a value is NaN or infinite: such a trial is never best, never on the front."""
         return not all(map(math.isfinite, self.values.values()))
+
+    @cached_property
+    def rank(self) -> tuple[float, ...]:
+        """The values and the number: whatever dominates a trial has a smaller one."""
+        return (*self.values.values(), self.number)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class SearchResult:
             )
         if limits:
             valid = _within(valid, _ranges(limits, references), costs)
-        return min(valid, key=_rank)
+        return min(valid, key=operator.attrgetter("rank"))
 
     def best_within(self, limits: Mapping[str, Range]) -> Trial:
         """Return the best trial within limits; where there is none, the one that misses them least.
@@ -162,7 +168,7 @@ class SearchResult:
         whole = [trial for trial in self.trials if not trial.failed and not trial.dropped]
         if not limits:
             return best
-        return min(whole, key=lambda t: (violation({**t.measured, **t.values}, limits), *_rank(t)))
+        return min(whole, key=lambda t: (violation({**t.measured, **t.values}, limits), *t.rank))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: trials, numbers of the Pareto front, number of the best.
@@ -184,7 +190,7 @@ class SearchResult:
                 for t in self.trials
             ],
             "pareto": [trial.number for trial in front],
-            "best": min(front, key=_rank).number if front else None,
+            "best": min(front, key=operator.attrgetter("rank")).number if front else None,
         }
 
     @classmethod
@@ -214,16 +220,14 @@ class SearchResult:
 
 def non_dominated(trials: Sequence[Trial]) -> list[Trial]:
     """Return the Pareto front of the trials that did not fail, in the order of their numbers."""
-    front: list[tuple[float, ...]] = []
+    whole = [trial for trial in trials if not (trial.failed or trial.dropped)]
     kept: list[Trial] = []
-    # In this order whatever dominates a trial comes before it, and is on the front or behind it.
-    whole = [trial for trial in trials if not trial.failed and not trial.dropped]
-    for trial in sorted(whole, key=_rank):
-        values = tuple(trial.values.values())
+    for trial in sorted(whole, key=operator.attrgetter("rank")):
+        values = trial.rank[:-1]
         # Of two values the last kept has the least second one, so that it alone can dominate.
-        rivals = front[-1:] if len(values) <= 2 else front
-        if not any(all(map(operator.le, rival, values)) for rival in rivals):
-            front.append(values)
+        rivals = kept[-1:] if len(values) <= 2 else kept
+        # All first values are at most this one's, by the order.
+        if not any(all(map(operator.le, rival.rank[1:-1], values[1:])) for rival in rivals):
             kept.append(trial)
     return sorted(kept, key=lambda trial: trial.number)
 
@@ -232,10 +236,6 @@ def first_untried(space: SearchSpace, tried: Collection[SubnetConfig]) -> Subnet
     """Return which of heuristic, largest and smallest, in this order, is to be tried first."""
     named = (space.heuristic(), space.largest(), space.smallest())
     return next((config for config in named if config not in tried), None)
-
-
-def _rank(trial: Trial) -> tuple[float, ...]:
-    return (*trial.values.values(), trial.number)
 
 
 def _ranges(

@@ -26,7 +26,8 @@ from elastune.search.base import (
 from elastune.space import SearchSpace, SubnetConfig
 
 if TYPE_CHECKING:
-    from elastune.search.store import Board, TrialStore
+    from elastune.search.board import Board
+    from elastune.search.store import TrialStore
     from elastune.search.workers import Worker
 
 _LOG = logging.getLogger(__name__)
@@ -163,7 +164,11 @@ class _Searcher:
             if made is not None:
                 self._report(board, made)
             made = None
-            may_try = bool(board.orphans) or self.exhausted != _progress_of(board.trials)
+            may_try = (
+                self.exhausted is None
+                or bool(board.orphans)
+                or self.exhausted != _progress_of(board.trials)
+            )
             if len(board.live) < self.total and may_try and not self._is_late:
                 made, looks = self._try_one(), 0
             elif board.running:
@@ -205,8 +210,9 @@ class _Searcher:
             place = board.place(self.worker)
             if place is None:
                 return None
-            if len(board.before(place).trials) == place:
-                return board.before(place)
+            before = board.before(place)
+            if len(before.trials) == place:
+                return before
             looks = _pause(looks)
 
     def _choose(self, board: Board) -> SubnetConfig | None:

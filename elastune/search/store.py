@@ -20,8 +20,6 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from elastune.errors import BadArtifact, ElastuneError, InvalidSubnet
 from elastune.search.base import Measurement, Trial
+from elastune.search.board import Board, Rows, Ticket
 from elastune.search.storages import open_storage
 from elastune.search.workers import GRACE_SECONDS, Worker
 from elastune.space import SubnetConfig
@@ -46,67 +45,6 @@ DEATHS = 2
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, InvalidSubnet)
 _GONE = "a worker of the search is gone; its trial (%s) is %s"
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A trial of the study, whatever has become of it.
-
-    Attributes:
-        number: the study's; abandoned tickets have one, too.
-        trial: None before it has a configuration. Its values are NaN while it is measured.
-        running: somebody works on it.
-        worker: who.
-        beat: changes with every sign of life.
-    """
-
-    number: int
-    trial: Trial | None
-    running: bool
-    worker: Worker | None = None
-    beat: object = None
-
-
-@dataclass(frozen=True)
-class Board:
-    """All tickets at one moment.
-
-    Attributes:
-        live: running or finished, in the order of their numbers.
-        dropped: configurations of abandoned tickets, in this order.
-        deadly: those among them whose worker died, once for each time.
-    """
-
-    live: tuple[Ticket, ...]
-    dropped: tuple[SubnetConfig, ...]
-    deadly: tuple[SubnetConfig, ...] = ()
-
-    @cached_property
-    def running(self) -> tuple[Ticket, ...]:
-        """The tickets that somebody works on."""
-        return tuple(ticket for ticket in self.live if ticket.running)
-
-    @cached_property
-    def trials(self) -> tuple[Trial, ...]:
-        """The live tickets that have a configuration."""
-        return tuple(ticket.trial for ticket in self.live if ticket.trial is not None)
-
-    @cached_property
-    def orphans(self) -> tuple[SubnetConfig, ...]:
-        """The configurations that nobody works on any more, and nobody has measured."""
-        if not self.dropped:
-            return ()
-        taken = {trial.config for trial in self.trials}
-        return tuple(config for config in dict.fromkeys(self.dropped) if config not in taken)
-
-    def before(self, place: int) -> Board:
-        """Return the board without the live tickets from a place on."""
-        return Board(self.live[:place], self.dropped, self.deadly)
-
-    def place(self, worker: Worker) -> int | None:
-        """Return how many live tickets stand before the one that a worker has open, if any."""
-        places = (place for place, ticket in enumerate(self.live) if ticket.running)
-        return next((place for place in places if self.live[place].worker == worker), None)
 
 
 class TrialStore:
@@ -134,7 +72,8 @@ class TrialStore:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.values = values
         self._limits = dict(limits or {})
-        self._finished: dict[int, Ticket] = {}
+        self._settled = Rows()  # up to the first ticket that is running
+        self._finished: dict[int, Ticket] = {}  # behind it
         self._signs: dict[int, tuple[object, float]] = {}
         self._open: int | None = None  # Optuna's id of the worker's own ticket
         self.name, self.way_out = f"search journal {storage}", "delete it"
@@ -205,25 +144,34 @@ class TrialStore:
         Raises:
             BadArtifact: a trial that is none of ours.
         """
-        live: list[Ticket] = []
-        dropped: list[SubnetConfig] = []
-        deadly: list[SubnetConfig] = []
         with self._talking():
-            for frozen in self._storage.get_all_trials(self._study_id, deepcopy=False):
-                ticket = self._finished.get(frozen.number) or self._ticket(frozen)
-                if not frozen.state.is_finished():
-                    live.append(self._placed(ticket, len(live)))
-                    continue
-                if _is_abandoned(frozen):
-                    if ticket.trial is not None:
-                        dropped.append(ticket.trial.config)
-                        if _DIED in frozen.user_attrs:
-                            deadly.append(ticket.trial.config)
-                else:
-                    ticket = self._placed(ticket, len(live))
-                    live.append(ticket)
-                self._finished[frozen.number] = ticket
-        return Board(tuple(live), tuple(dropped), tuple(deadly))
+            found = self._storage.get_all_trials(self._study_id, deepcopy=False)
+            settled = self._settled
+            # Numbers are counted from 0, so that a place in the list is one.
+            while settled.n < len(found) and found[settled.n].state.is_finished():
+                self._add(found[settled.n], settled)
+                self._finished.pop(settled.n, None)
+                settled.n += 1
+            rows = settled.copy()
+            for frozen in found[settled.n :]:
+                self._add(frozen, rows)
+        return Board(tuple(rows.live), tuple(rows.dropped), tuple(rows.deadly), len(settled.live))
+
+    def _add(self, frozen: FrozenTrial, rows: Rows) -> None:
+        """Put a ticket where it belongs; one that has finished is read once."""
+        ticket = self._finished.get(frozen.number) or self._ticket(frozen)
+        if not frozen.state.is_finished():
+            rows.live.append(self._placed(ticket, len(rows.live)))
+            return
+        if _is_abandoned(frozen):
+            if ticket.trial is not None:
+                rows.dropped.append(ticket.trial.config)
+                if _DIED in frozen.user_attrs:
+                    rows.deadly.append(ticket.trial.config)
+        else:
+            ticket = self._placed(ticket, len(rows.live))
+            rows.live.append(ticket)
+        self._finished[frozen.number] = ticket
 
     def trials(self) -> list[Trial]:
         """Return the finished trials, numbered from 0 in the order they were proposed in.
