@@ -18,7 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from elastune.errors import BadRecipe, ElastuneError
+from elastune.errors import BadRecipe, ElastuneError, TrainingDiverged
 
 T = TypeVar("T")
 
@@ -173,7 +173,10 @@ def follow(open_run: Callable[[Mapping[str, Any]], Any]) -> None:
         module, name = job["function"]
         function = getattr(importlib.import_module(module), name)
         _group.training = True
-        _unless_lost(lambda: function(open_run(job), *job["args"]))  # noqa: B023
+        try:
+            _unless_lost(lambda: function(open_run(job), *job["args"]))  # noqa: B023
+        except (BadRecipe, TrainingDiverged):
+            raise SystemExit(2) from None  # of all processes at once: process 0 says it
         _group.training = False
     _leave()
 

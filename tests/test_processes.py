@@ -276,3 +276,10 @@ def test_one_process_where_several_were_asked_for_is_refused(tmp_path: Path) -> 
 def test_bad_input_ends_all_processes(tmp_path: Path) -> None:
     errors = launched("train", tmp_path / "none.yaml", code=1)
     assert errors.count("error: ") == 1
+
+
+def test_what_all_processes_meet_is_said_once(tmp_path: Path) -> None:
+    file = recipe(tmp_path, train={"learning_rate": 1e30}, baselines=[])
+    errors = launched("train", file, "--out", tmp_path / "run", code=1)
+    assert errors.count("error: ") == errors.count("the loss became") == 1
+    assert "a lower train.learning_rate" in errors
