@@ -1,6 +1,8 @@
 """SmolLM2-135M, whole and cut unevenly, in torch, onnxruntime and OpenVINO: size and speed.
 
-python benchmarks/export_runtimes.py [--quick] [--models uneven] [--formats openvino/int8]
+- <model>_<runtime>_prefill, <..>_decode: tokens a second, best of three; <..>_mb: size on disk.
+
+    python benchmarks/export_runtimes.py [--quick] [--models uneven] [--formats openvino/int8]
 """
 
 from __future__ import annotations
@@ -76,19 +78,22 @@ def torch_step(model: Any) -> Any:
 def main() -> None:
     """Print one line for each model and runtime."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a short prompt, float32 only")
-    parser.add_argument("--models", nargs="+", default=["whole", "uneven"])
+    parser.add_argument("--quick", action="store_true", help="a short prompt, float32, cut model")
+    parser.add_argument("--models", nargs="+", default=None)
     parser.add_argument("--formats", nargs="+", default=["/".join(e) for e in EXPORTS])
     options = parser.parse_args()
+    options.models = options.models or (["uneven"] if options.quick else ["whole", "uneven"])
     n_prompt, n_new = (32, 8) if options.quick else (128, 32)
     model, tokenizer = load_model("smollm2-135m")
     print(f"threads {os.environ.get('OMP_NUM_THREADS', 'all')}, prompt {n_prompt}, new {n_new}")
     print("model  | runtime          | MB   | export s | rel. error | same text | prefill | decode")
+    figures: dict[str, float] = {}
     for name in options.models:
         source = model if name == "whole" else uneven(model)
         plain: Any = getattr(source, "model", source) if name == "uneven" else source
         n_bytes = sum(p.numel() * 4 for p in plain.parameters())
         rates = speeds(torch_step(plain), {"inputs": ["position_ids"]}, n_prompt, n_new)
+        figures |= {f"{name}_torch_prefill": rates[0], f"{name}_torch_decode": rates[1]}
         print(
             f"{name:6} | {'torch':16} | {n_bytes / 1e6:4.0f} |        - |          - |         - "
             f"| {rates[0]:7.1f} | {rates[1]:6.1f}",
@@ -105,6 +110,9 @@ def main() -> None:
                 rates = speeds(step, about, n_prompt, n_new)
                 found = made.agreement
                 label = f"{format} {weights}"
+                key = f"{name}_{format}_{weights}"
+                figures |= {f"{key}_prefill": rates[0], f"{key}_decode": rates[1]}
+                figures[f"{key}_mb"] = made.n_bytes / 1e6
                 print(
                     f"{name:6} | {label:16} | {made.n_bytes / 1e6:4.0f} | {made.seconds:8.1f} "
                     f"| {found.relative_error:10.1e} | {found.same_tokens:9.0%} "
@@ -112,6 +120,7 @@ def main() -> None:
                     flush=True,
                 )
                 del step
+    print(json.dumps({"benchmark": "export_runtimes", "figures": figures}))
 
 
 if __name__ == "__main__":

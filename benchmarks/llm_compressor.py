@@ -63,7 +63,8 @@ class NotInstalled(Exception):
 def main() -> None:
     args = _arguments()
     try:
-        pythons = {"elastune": sys.executable, "llm-compressor": str(environment())}
+        theirs = environment(make=not args.quick)
+        pythons = {"elastune": sys.executable, "llm-compressor": str(theirs)}
     except NotInstalled as error:
         print(f"skipped: {error}")
         print(json.dumps({"benchmark": "llm_compressor", "figures": {}, "skipped": str(error)}))
@@ -84,7 +85,7 @@ def main() -> None:
         found = {
             (method, pattern): _in_turns(pythons, method, pattern, folder, args.rounds)
             for pattern in args.patterns
-            for method in ("wanda", "sparsegpt")
+            for method in args.methods
         }
         scores = _scores(args, folder, list(found))
     figures = _figures(found, scores)
@@ -92,8 +93,11 @@ def main() -> None:
     print(json.dumps({"benchmark": "llm_compressor", "figures": figures}))
 
 
-def environment() -> Path:
-    """Return the interpreter that has llm-compressor; make its environment where it is missing.
+def environment(*, make: bool) -> Path:
+    """Return the interpreter that has llm-compressor.
+
+    Args:
+        make: make its environment where it is missing.
 
     Raises:
         NotInstalled: with the installer's last words.
@@ -103,6 +107,10 @@ def environment() -> Path:
     wanted = "\n".join((f"torch=={_torch()}", *PINS))
     if complete.is_file() and complete.read_text(encoding="utf-8") == wanted:
         return python
+    if not make:
+        raise NotInstalled(
+            "llm-compressor has no environment yet; `python benchmarks/llm_compressor.py` makes it"
+        )
     print(f"making {ENVIRONMENT} (minutes, once)", flush=True)
     venv.create(ENVIRONMENT, with_pip=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -226,11 +234,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     kinds = list(PATTERNS)
     parser.add_argument("--patterns", nargs="+", choices=kinds, default=kinds)
-    parser.add_argument("--quick", action="store_true", help="8 x 128 tokens, 50 %% alone, once")
+    methods = ["wanda", "sparsegpt"]
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods)
+    parser.add_argument("--quick", action="store_true", help="8 x 128 tokens, Wanda 50 %%, once")
     args = parser.parse_args()
     if args.quick:
         args.sequences, args.length, args.pieces, args.rounds = 8, 128, 2, 1
-        args.patterns = ["unstructured"]
+        args.patterns, args.methods = ["unstructured"], ["wanda"]
     return args
 
 

@@ -46,6 +46,7 @@ SYSTEMS: dict[str, tuple[Any, float]] = {
     "int4, exact": ("int4", 1.0),
     "int4, 1/4": ("int4", 0.25),
 }
+QUICK = ("nothing", "zeros, exact", "zeros, 1/4")
 
 
 class System:
@@ -162,11 +163,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--validation", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--quick", action="store_true", help="3 steps of 4 examples")
+    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=None)
+    parser.add_argument("--quick", action="store_true", help="2 steps of 2 examples, 3 systems")
     args = parser.parse_args()
     if args.quick:
-        args.steps, args.batch_size, args.validation = 3, 4, 8
+        args.steps, args.batch_size, args.validation = 2, 2, 4
+    args.only = args.only or (list(QUICK) if args.quick else list(SYSTEMS))
     return args
 
 

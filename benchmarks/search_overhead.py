@@ -67,8 +67,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1000)
     parser.add_argument("--algorithms", nargs="+", choices=[*ALGORITHMS], default=None)
     parser.add_argument("--storages", nargs="+", choices=STORAGES, default=None)
-    parser.add_argument("--quick", action="store_true", help="the journal alone")
+    parser.add_argument("--quick", action="store_true", help="the journal alone, 500 trials")
     args = parser.parse_args()
+    args.trials = min(args.trials, 500) if args.quick else args.trials
     if args.storages is None:
         args.storages = ["journal"] if args.quick else list(STORAGES)
     if args.algorithms is None:

@@ -3,6 +3,7 @@
 The yardstick of time is two plain forward passes over the calibration tokens without the head:
 what any method must pay that looks at every layer's input and goes on through the pruned layer.
 It is timed right before and right after Wanda in the same process, and the mean is the divisor.
+wanda_peak_mb is the process's peak memory up to then: nothing before Wanda holds more.
 
     python benchmarks/sparsify.py [--quick] [--model smollm2-135m] [--sequences 128] [--length 256]
 """
@@ -23,6 +24,7 @@ from rich.table import Table
 from elastune.calibration_text import calibration_texts
 from elastune.data import calibration_rows, row_batches
 from elastune.evaluate import evaluate
+from elastune.export.profile_run import peak_mb
 from elastune.models import load_model
 from elastune.sparsify import Sparsity, sparsify_
 from elastune.tasks import get_task
@@ -57,6 +59,7 @@ def main() -> None:
             lambda m=method, out=masks: out.update(sparsify_(model, m, sparsity, rows))
         )
         if method == "wanda":
+            wanda_peak_mb = peak_mb()
             two_forwards.append(_timed(lambda: _two_forwards(model, rows)))
         zeros = {
             int(n) for mask in masks.values() for n in (~mask).sum(dim=1) * 100 // mask.shape[1]
@@ -94,6 +97,8 @@ def main() -> None:
         "wanda_over_two_forwards": wall / yardstick[0],
         "wanda_over_two_forwards_cpu": cpu / yardstick[1],
         "sparsegpt_over_two_forwards": results["sparsegpt"]["seconds"][0] / yardstick[0],
+        "sparsegpt_over_two_forwards_cpu": results["sparsegpt"]["seconds"][1] / yardstick[1],
+        "wanda_peak_mb": wanda_peak_mb,
         **{f"perplexity_{name}": result["ppl"][0] for name, result in results.items()},
     }
     print(json.dumps({"benchmark": "sparsify", "figures": figures}))
@@ -109,10 +114,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--pieces", type=int, default=60, help="pieces of test text, ~500 tokens each"
     )
-    parser.add_argument("--quick", action="store_true", help="16 x 128 tokens, 8 pieces")
+    parser.add_argument("--quick", action="store_true", help="8 x 128 tokens, 2 pieces")
     args = parser.parse_args()
     if args.quick:
-        args.sequences, args.length, args.pieces = 16, 128, 8
+        args.sequences, args.length, args.pieces = 8, 128, 2
     return args
 
 

@@ -123,7 +123,7 @@ def main() -> None:
     model, tokenizer = load_model(args.model)
     n = args.calibration + args.selection
     texts = calibration_texts("c4", args.data)
-    c4 = calibration_rows(texts, tokenizer, n_sequences=n, length=256, seed=0)
+    c4 = calibration_rows(texts, tokenizer, n_sequences=n, length=args.tokens, seed=0)
     task = get_task("wikitext2", data_dir=args.data, window=args.window)
     text = "".join(piece.completion for piece in task.report_examples())[:400_000]
     ids = torch.tensor(tokenizer(text)["input_ids"][: args.pieces * args.window])
@@ -314,8 +314,8 @@ def _show(console: Console, losses: Losses, args: argparse.Namespace) -> None:
     rows = losses.rows
     table = Table(
         title=f"{args.model}, untuned, WikiText-2 test {rows['test'].shape[0]} x "
-        f"{rows['test'].shape[1]} tokens; calibration {rows['calibration'].shape[0]} x 256, "
-        f"selection {rows['selection'].shape[0]} x 256 C4 tokens"
+        f"{rows['test'].shape[1]} tokens; calibration {rows['calibration'].shape[0]}, "
+        f"selection {rows['selection'].shape[0]} x {args.tokens} C4 tokens"
     )
     for column in ("order or choice", "kept", "perplexity"):
         table.add_column(column, justify="right" if column == "perplexity" else "left")
@@ -329,8 +329,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_data_option(parser)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--calibration", type=int, default=24, help="rows of 256 tokens")
-    parser.add_argument("--selection", type=int, default=6, help="rows of 256 tokens")
+    parser.add_argument("--calibration", type=int, default=24, help="rows")
+    parser.add_argument("--selection", type=int, default=6, help="rows")
+    parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--pieces", type=int, default=12, help="windows of test text")
     parser.add_argument("--window", type=int, default=512, help="tokens of a window")
     parser.add_argument("--losses", type=Path, help="file that keeps the single losses")
@@ -338,8 +339,9 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.parts, args.choices, args.left_out, args.draws = PARTS, SELECTION, (3, 6), 2
     if args.quick:
-        args.calibration, args.selection, args.pieces, args.window = 8, 1, 2, 256
-        args.parts, args.choices, args.left_out, args.draws = (0.8,), (0.7, 0.3), (3,), 1
+        args.calibration, args.selection, args.pieces, args.window = 8, 1, 2, 128
+        args.tokens = 64
+        args.parts, args.choices, args.left_out, args.draws = (0.8,), (0.7,), (3,), 1
     return args
 
 
