@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from elastune.errors import BadArtifact, BadRecipe, ElastuneError
@@ -65,6 +66,10 @@ def push(
     """
     folder = Path(folder)
     files = complete_export(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise BadRecipe(f"a repository is named owner/name, got {repo_id!r}: {error}") from error
     if not _REPO_ID.fullmatch(repo_id):
         raise BadRecipe(f"a repository is named owner/name, got {repo_id!r}")
     token = token or get_token()

@@ -49,7 +49,7 @@ def check_command(words: list[str]) -> None:
         scripts = [word for word in rest if word.endswith((".sbatch", ".yaml")) and "/" in word]
         assert scripts, f"sbatch {' '.join(rest)} names no script"
         assert [path for path in scripts if not (REPO / path).is_file()] == []
-    elif program in ("mkdocs", "optuna-dashboard", "tensorboard", "trackio"):
+    elif program in ("mkdocs", "optuna-dashboard", "tensorboard", "trackio", "pip-audit"):
         pass  # programs of our own extras, with arguments of their own
     elif words == ["accelerate", "config"]:
         pass

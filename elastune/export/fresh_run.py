@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,8 @@ Arrays = dict[str, Any]
 Step = Callable[[Arrays, Any], tuple[list[Any], Any]]
 """Inputs by name, and a cache (None: empty) -> outputs without the cache, and the new cache."""
 
+_CODE = ("/constants/custom_obj", "/constants/opaque_obj", "/aotinductor/", "serialized_")
+"""Parts of names in an archive whose content is unpickled, or is machine code."""
 _THREADS = int(os.environ.get("OMP_NUM_THREADS", "0"))
 
 
@@ -111,9 +114,9 @@ def refuse_pickles(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         for name in archive.namelist():
             is_config = name.endswith("_config.json")
-            pickled = is_config and b'"use_pickle": true' in archive.read(name)
+            pickled = is_config and re.search(rb'"use_pickle"\s*:\s*true', archive.read(name))
             examples = "/sample_inputs/" in name and archive.getinfo(name).file_size > 0
-            if pickled or examples or "/constants/custom_obj" in name:
+            if pickled or examples or any(part in name for part in _CODE):
                 raise ValueError(f"{file.name} holds pickled data ({name}): not loaded")
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from elastune.errors import BadArtifact
+from elastune.json_text import parse_json
 
 SCHEMA = 1
 AGAIN = "run the stage that writes this file again: `elastune run` redoes what is missing"
@@ -63,8 +63,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise BadArtifact(f"{path} is not JSON: {error}", try_=AGAIN) from error
     if not isinstance(value, dict):
         raise BadArtifact(f"{path}: expected an object, got {type(value).__name__}", try_=AGAIN)
@@ -88,8 +88,8 @@ def read_rows(path: Path, fields: Mapping[str, Any]) -> Iterator[dict[str, Any]]
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             # A run that is going on, or was killed, may leave half a last line.
             if number == len(lines):
                 return

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
+from elastune.files import holding
 from elastune.report import exports, overview, search_section, sections
 from elastune.report.load import RunData, load_run
 from elastune.report.predictions import predictions
@@ -27,7 +28,8 @@ def write_report(run_dir: Path) -> Path:
         BadArtifact: ``run_dir`` is no run directory, or one of its files is corrupt or foreign.
     """
     run_dir = Path(run_dir)
-    page = render(load_run(run_dir))
+    with holding(run_dir, try_="run the stages that wrote its files again"):
+        page = render(load_run(run_dir))
     target = run_dir / "report.html"
     handle, name = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".html")
     try:

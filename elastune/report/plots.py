@@ -25,6 +25,9 @@ RADII = {"chosen": 6.5, "baseline": 6.5, "small": 3.5}
 SERIES = 6  # number of series colours in style.css (classes s0, s1, ...)
 
 
+_LONGEST_LABEL = 28  # characters, of rows of a figure
+
+
 @dataclass(frozen=True)
 class Line:
     """A curve: the points drawn strongly, and the raw points that they smooth, drawn faintly."""
@@ -205,6 +208,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 def bar_chart(bars: Sequence[Bar], *, title: str, reference: float | None = None) -> str:
     """Draw horizontal bars from zero, each with its label and its value written out."""
+    bars = [replace(b, label=shown_label(b.label), tip=b.tip or b.label) for b in bars]
     left = 12 + CHARACTER_WIDTH * max(len(bar.label) for bar in bars)
     right = 12 + CHARACTER_WIDTH * max(len(bar.text) for bar in bars)
     top = max([bar.high or bar.value for bar in bars] + [reference or 0]) or 1.0
@@ -240,12 +244,13 @@ def heatmap(
 ) -> str:
     """Draw ``cells[row, column] = (value, tooltip)``; darker is more, ``gaps`` part row groups."""
     low, high = domain
-    left = 12 + CHARACTER_WIDTH * max(len(row) for row in rows)
+    left = 12 + CHARACTER_WIDTH * max(len(shown_label(row)) for row in rows)
     wide = min((WIDTH - left - 8) / max(len(columns), 1), 40.0)
     tall, y, parts = 18.0, 6.0, []
     for place, row in enumerate(rows):
         y += 10 if place in gaps else 0
-        parts.append(text(left - 7, y + 13, row, text_anchor="end", class_="name"))
+        name = shown_label(row)
+        parts.append(text(left - 7, y + 13, name, text_anchor="end", class_="name"))
         for index, column in enumerate(columns):
             if (row, column) not in cells:
                 continue
@@ -267,6 +272,11 @@ def heatmap(
             )
     parts.append(text(left - 7, y + 15, x_label, class_="label", text_anchor="end"))
     return drawing(y + 24, title, *parts)
+
+
+def shown_label(label: str) -> str:
+    """Return as much of a label as leaves room for what it is of."""
+    return label if len(label) <= _LONGEST_LABEL else f"{label[: _LONGEST_LABEL - 1]}…"
 
 
 def opacity_of(share: float) -> float:

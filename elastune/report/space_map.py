@@ -9,7 +9,7 @@ from typing import Any
 from elastune.report.layers import split_name
 from elastune.report.load import RunData
 from elastune.report.markup import Figure
-from elastune.report.plots import opacity_of
+from elastune.report.plots import opacity_of, shown_label
 from elastune.report.quantities import DASH, TIMES
 from elastune.report.svg import CHARACTER_WIDTH, WIDTH, drawing, tag, text, tip
 
@@ -98,6 +98,7 @@ def cell_map(
 
     A dash stands for what is absent from a block, a cross for a block that is left out.
     """
+    labels = list(map(shown_label, labels))
     left = 12 + CHARACTER_WIDTH * max(map(len, labels))
     wide = min((WIDTH - left - 8) / len(layers), 40.0)
     y, parts = 6.0, []
