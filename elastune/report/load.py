@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import yaml
 
 from elastune.errors import BadArtifact
+from elastune.json_text import parse_json
 from elastune.metrics import METRICS
 from elastune.report.fields import (
     AGAIN,
@@ -357,7 +357,8 @@ def _find_subnets(folder: Path) -> dict[str, str]:
 def _architecture(path: Path) -> str | None:
     text = read_text(path)
     try:
-        names = json.loads(text or "{}").get("architectures") or [None]
-    except (json.JSONDecodeError, AttributeError) as error:
+        names = parse_json(text or "{}").get("architectures") or []
+    except (ValueError, AttributeError) as error:
         raise BadArtifact(f"{path} is not a model's config.json: {error}", try_=AGAIN) from error
-    return names[0]
+    named = names[0] if isinstance(names, list) and names else None
+    return named if isinstance(named, str) else None
