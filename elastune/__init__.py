@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from elastune.space import ElasticDim, SearchSpace, SubnetConfig
     from elastune.sparsify import Sparsity, sparsify_, sparsity_report
     from elastune.statistics import compare
+    from elastune.stream import reorder_checkpoint, sparsify_checkpoint
     from elastune.subnetwork import Subnetwork, extract_model
     from elastune.supernet import SuperNetwork
     from elastune.tasks import Example, Score, Task, get_task
@@ -109,6 +110,7 @@ _HOMES = {
     "search": ("Known", "SearchResult", "search"),
     "space": ("ElasticDim", "SearchSpace", "SubnetConfig"),
     "sparsify": ("Sparsity", "sparsify_", "sparsity_report"),
+    "stream": ("reorder_checkpoint", "sparsify_checkpoint"),
     "statistics": ("compare",),
     "subnetwork": ("Subnetwork", "extract_model"),
     "supernet": ("SuperNetwork",),
@@ -182,6 +184,7 @@ __all__ = [
     "quantise_",
     "rank_in_rounds",
     "reorder_",
+    "reorder_checkpoint",
     "save_compressed",
     "save_model",
     "save_subnetwork",
@@ -192,6 +195,7 @@ __all__ = [
     "space_from_importance",
     "space_from_losses",
     "sparsify_",
+    "sparsify_checkpoint",
     "sparsity_levels",
     "sparsity_report",
     "sparsity_space",

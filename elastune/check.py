@@ -12,6 +12,8 @@ from elastune.finetune import net_space
 from elastune.generate import check_context
 from elastune.heads import HEADS
 from elastune.models import architecture
+from elastune.models.four_bit import nf4_config
+from elastune.processes import shards_base
 from elastune.run import Run
 from elastune.search.stored import check_storage
 from elastune.search_limits import check_limits
@@ -28,6 +30,7 @@ def check(run: Run) -> None:
         ElastuneError: the first thing that is wrong.
     """
     _check_training(run)
+    _check_packed(run)
     check_limits(run.recipe.search, run.recipe.search.limits, run.recipe.baselines)
     check_storage(run.recipe.search.storage)
     _check_tasks(run)
@@ -61,6 +64,18 @@ def _check_training(run: Run) -> None:
                 f"installed are {', '.join(installed) or 'none'}",
                 try_=f"pip install {name}, or leave train.report_to out",
             )
+
+
+def _check_packed(run: Run) -> None:
+    """See that a base can be packed in 4 bits here."""
+    if not run.recipe.packs_base:
+        return
+    nf4_config(torch.float32)
+    if shards_base():
+        raise BadRecipe(
+            "quantise.method=nf4 packs weights in a way that is not cut into shards",
+            try_="several processes without --use_fsdp, each with the packed base; or quantise out",
+        )
 
 
 def _check_tasks(run: Run) -> None:

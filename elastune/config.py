@@ -243,10 +243,8 @@ class Recipe(Section):
     def _check_stream(self) -> None:
         """Raise ValueError where a base is to be streamed that something else needs whole."""
         if self.sparsify.stream is True and self.unstreamed is not None:
-            raise ValueError(
-                f"sparsify.stream=true: {self.unstreamed} needs the base in memory whole; leave "
-                "one of them out"
-            )
+            what = f"{self.unstreamed} needs the base in memory whole"
+            raise ValueError(f"sparsify.stream=true: {what}; leave one of them out")
 
     @property
     def packs_base(self) -> bool:
@@ -263,6 +261,7 @@ class Recipe(Section):
             "sparsify.choices": bool(self.sparsify.choices),
             "an INT4 grid": self.quantise is not None and not self.packs_base,
             "structure.order=importance": structure is not None and structure.order == "importance",
+            "structure.budgets": structure is not None and bool(structure.budgets),
             "trust_remote_code": self.trust_remote_code,
         }
         return next((name for name, is_so in found.items() if is_so), None)

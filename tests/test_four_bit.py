@@ -189,3 +189,18 @@ def test_a_whole_run_on_a_packed_base(stream: bool, tmp_path: Path) -> None:
     assert adapters
     base = json.loads(adapters[0].read_text())["base_model_name_or_path"]
     assert Path(base) == (tmp_path / "run" / "base").resolve()
+
+
+def test_what_is_missing_or_does_not_go_together_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tmp_path / "none", save_sums(tmp_path / "data"), quantise="nf4")
+    path = save_recipe(tmp_path / "recipe.yaml", recipe)
+    with monkeypatch.context() as patched:
+        patched.setattr("elastune.models.four_bit.importlib.util.find_spec", lambda _: None)
+        said = cli("run", path, "--out", tmp_path / "run", code=2)
+    assert "pip install 'elastune[4bit]'" in " ".join(said.stderr.split())
+    monkeypatch.setattr("elastune.check.shards_base", lambda: True)
+    said = cli("run", path, "--out", tmp_path / "run", code=2)
+    assert "not cut into shards" in " ".join(said.stderr.split())
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*"))
