@@ -16,7 +16,7 @@ The super-network is that of a run directory, or else, for anyone, SmolLM2-135M 
 widths and heads are elastic, sorted by Wanda and not trained.
 
     python benchmarks/search_front.py [RUN] [--quick] [--trials 200] [--examples 256] [--probes 16]
-        [--seeds 0 1 2] [--algorithms random nsga2 milp auto] [--shortest] [--out FOLDER]
+        [--seeds 0 1 2] [--searches nsga2/plain auto/cheap] [--shortest] [--out FOLDER]
 
 With --out each finished search is kept there, a killed benchmark goes on, and front.svg is drawn.
 """
@@ -113,25 +113,25 @@ def main() -> None:
     losses: dict[tuple[str, str], tuple[Losses, float]] = {}
     remembered = Remembered(subject.objective("plain"))
     for seed in args.seeds:
-        for algorithm in args.algorithms:
-            for mode in MODES:
-                key = f"{algorithm}/{mode}/{seed}"
-                if key in kept.rows:
-                    continue
-                started = time.perf_counter()
-                source = LOSSES_OF.get(algorithm, "")
-                if source and (source, mode) not in losses:
-                    make = _estimated if source == "estimated" else _measured
-                    losses[source, mode] = make(subject, mode)
-                objective = remembered if mode == "plain" else subject.objective(mode)
-                begin = losses.get((source, mode))
-                row = _search(subject, objective, algorithm, seed, begin, args.trials)
-                kept.add(key, row)
-                console.print(
-                    f"{key}: {sum(t[2] for t in row['trials']) + row['before']:.1f} evaluations, "
-                    f"{sum(t[3] for t in row['trials'])} dropped, "
-                    f"{time.perf_counter() - started:.0f} s"
-                )
+        for search_name in args.searches:
+            key = f"{search_name}/{seed}"
+            if key in kept.rows:
+                continue
+            algorithm, mode = search_name.split("/")
+            started = time.perf_counter()
+            source = LOSSES_OF.get(algorithm, "")
+            if source and (source, mode) not in losses:
+                make = _estimated if source == "estimated" else _measured
+                losses[source, mode] = make(subject, mode)
+            objective = remembered if mode == "plain" else subject.objective(mode)
+            begin = losses.get((source, mode))
+            row = _search(subject, objective, algorithm, seed, begin, args.trials)
+            kept.add(key, row)
+            console.print(
+                f"{key}: {sum(t[2] for t in row['trials']) + row['before']:.1f} evaluations, "
+                f"{sum(t[3] for t in row['trials'])} dropped, "
+                f"{time.perf_counter() - started:.0f} s"
+            )
     figures = _figures(kept.rows, args)
     _show(console, kept.rows, figures)
     if args.out is not None:
@@ -149,8 +149,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--probes", type=int, default=16, help="examples of single-choice losses")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    known = ["random", "nsga2", "milp", "auto"]
-    parser.add_argument("--algorithms", nargs="+", choices=sorted(ALGORITHMS), default=known)
+    known = [f"{name}/{mode}" for name in ("random", "nsga2", "milp", "auto") for mode in MODES]
+    every = [f"{name}/{mode}" for name in sorted(ALGORITHMS) for mode in MODES]
+    parser.add_argument("--searches", nargs="+", choices=every, metavar="NAME/MODE", default=known)
     parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="one seed, 12 trials, 32 examples")
@@ -289,14 +290,13 @@ def _curves(rows: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def _figures(rows: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     curves = _curves(rows)
     figures: dict[str, Any] = {"cost_to_match_nsga2": None}
-    for algorithm in args.algorithms:
-        for mode in MODES:
-            own = [curves[f"{algorithm}/{mode}/{seed}"] for seed in args.seeds]
-            name = f"{algorithm}_{mode}"
-            figures[f"hypervolume_{name}"] = statistics.median(curve[-1, 1] for curve in own)
-            figures[f"evaluations_{name}"] = statistics.median(curve[-1, 0] for curve in own)
-            if "nsga2" in args.algorithms:
-                figures[f"to_match_{name}"] = _to_match(curves, own, args.seeds)
+    for search_name in args.searches:
+        own = [curves[f"{search_name}/{seed}"] for seed in args.seeds]
+        name = search_name.replace("/", "_")
+        figures[f"hypervolume_{name}"] = statistics.median(curve[-1, 1] for curve in own)
+        figures[f"evaluations_{name}"] = statistics.median(curve[-1, 0] for curve in own)
+        if "nsga2/plain" in args.searches:
+            figures[f"to_match_{name}"] = _to_match(curves, own, args.seeds)
     figures["cost_to_match_nsga2"] = figures.get("to_match_auto_cheap")
     return figures
 
@@ -340,13 +340,16 @@ def _draw(rows: Mapping[str, Any], args: argparse.Namespace, path: Path) -> None
     figure, axes = pyplot.subplots(figsize=(7, 4.2))
     most = max(curve[-1, 0] for curve in curves.values())
     works = np.geomspace(0.5, most, 200)
-    for place, algorithm in enumerate(args.algorithms):
-        for mode, style in (("plain", "--"), ("cheap", "-")):
-            own = [curves[f"{algorithm}/{mode}/{seed}"] for seed in args.seeds]
-            steps = [[c[c[:, 0] <= w, 1].max(initial=np.nan) for w in works] for c in own]
-            ends = max(curve[-1, 0] for curve in own)
-            middle = np.where(works <= ends, np.median(steps, axis=0), np.nan)
-            axes.plot(works, middle, style, color=f"C{place}", label=f"{algorithm}, {mode}")
+    algorithms = list(dict.fromkeys(name.split("/")[0] for name in args.searches))
+    for search_name in args.searches:
+        algorithm, mode = search_name.split("/")
+        own = [curves[f"{search_name}/{seed}"] for seed in args.seeds]
+        steps = [[c[c[:, 0] <= w, 1].max(initial=0.0) for w in works] for c in own]
+        ends = max(curve[-1, 0] for curve in own)
+        middle = np.where(works <= ends, np.median(steps, axis=0), np.nan)
+        style = {"plain": "--", "cheap": "-"}[mode]
+        color = f"C{algorithms.index(algorithm)}"
+        axes.plot(works, middle, style, color=color, label=f"{algorithm}, {mode}")
     axes.set(xscale="log", xlabel="whole evaluations", ylabel="hypervolume")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
