@@ -147,6 +147,16 @@ SCRIPTS = (
         ),
     ),
     Script(
+        "four_bit",
+        (
+            Figure(
+                "nf4_checkpointing_peak_over_float32",
+                "4-bit base with checkpointing, peak / float32",
+            ),
+            Figure("nf4_cpu_over_float32", "its step without / float32's, CPU"),
+        ),
+    ),
+    Script(
         "search_overhead",
         (Figure("ms_per_trial", "search: overhead of a trial, 210 dims, ms", 50),),
     ),
@@ -199,7 +209,9 @@ SCRIPTS = (
             Figure("loglik_over_lm_eval_cpu", "choices, lm-eval / ours, CPU", 1.3, True),
         ),
     ),
-    Script("metrics", (Figure("largest_difference", "metrics against independent ones"),)),
+    Script(
+        "metrics", (Figure("squad_f1_max_abs_difference", "SQuAD F1 against the official", 1e-9),)
+    ),
     Script(
         "growth",
         (
@@ -216,6 +228,10 @@ SCRIPTS = (
             Figure("search_hill_climb_by_trials", "the same, hill_climb", 1.1),
             Figure("search_nsga2_by_trials", "the same, nsga2", 1.1),
         ),
+    ),
+    Script(
+        "processes",
+        (Figure("weights_ddp_ranks", "two processes against one, weights", 1e-4),),
     ),
     Script("structure_cuts", ()),
     Script("importance_cuts", ()),
