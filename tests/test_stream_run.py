@@ -61,7 +61,7 @@ def test_a_streamed_run_has_the_base_of_one_in_memory(place: Path) -> None:
     assert "model.safetensors.index.json" in {f.name for f in (streamed / "base").iterdir()}
 
 
-@pytest.mark.parametrize("order", ["wanda", "taylor"])
+@pytest.mark.parametrize("order", ["wanda", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_a_streamed_base_is_sorted_after_it_is_sparse(place: Path, order: str) -> None:
     sections = {**SORTED, "structure": SORTED["structure"] | {"order": order}}
     sparse = {"ratio": 0.25}
