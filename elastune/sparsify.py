@@ -104,9 +104,11 @@ def keep_mask(scores: Tensor, sparsity: Sparsity) -> Tensor:
     mask = scores > threshold
     # Ties at the threshold would drop too many: give the first of them back.
     excess = n_columns - n_dropped - mask.sum(dim=1)
-    for row in excess.nonzero()[:, 0].tolist():
-        ties = (scores[row] == threshold[row]).nonzero()[:, 0]
-        mask[row, ties[: int(excess[row])]] = True
+    rows = excess.nonzero()[:, 0]
+    if len(rows):  # coarse weights have ties in every row: none is looked at alone
+        ties = scores[rows] == threshold[rows]
+        first = ties.cumsum(dim=1, dtype=torch.int32) <= excess[rows, None]
+        mask[rows] |= ties & first
     return mask
 
 

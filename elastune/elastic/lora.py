@@ -131,7 +131,8 @@ class ElasticLoRALinear(nn.Module):
             return _FrozenLinearPlusLoRA.apply(x, weight, bias, a, b, scale)
         out = self.base(x)
         inputs = x if self.dropout is None else self.dropout(x)
-        low = (inputs.to(a.dtype) @ a.T) @ b.T
+        # Autocast would turn a float32 copy back into what the input is already.
+        low = ((inputs if autocast else inputs.to(a.dtype)) @ a.T) @ b.T
         return out + (low * scale).to(out.dtype)
 
     def _merged_product(
