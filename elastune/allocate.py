@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from elastune.errors import BadArtifact, BadData, InvalidSpace, nearest
+from elastune.seals import with_checksum, without_checksum
 from elastune.space import ElasticDim, SearchSpace, SubnetConfig
 
 Losses = Mapping[str, Mapping[int, float]]
@@ -357,7 +358,7 @@ class _Measured:
             return
         lines = _whole_lines(path)
         try:
-            rows: Sequence[Any] = [json.loads(line) for line in lines]
+            rows: Sequence[Any] = [without_checksum(json.loads(line)) for line in lines]
             if rows and rows[0].get("base") != header["base"]:
                 raise BadArtifact(f"{path} holds losses beside another base", try_="delete it")
             self.losses = {(row["dim"], row["choice"]): float(row["loss"]) for row in rows[1:]}
@@ -365,14 +366,15 @@ class _Measured:
             raise BadArtifact(f"{path} is damaged: {error!r}", try_="delete it") from error
         if not rows:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(with_checksum(header)) + "\n", encoding="utf-8")
 
     def add(self, name: str, choice: int, loss: float) -> None:
         """Keep one measurement."""
         self.losses[name, choice] = loss
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"dim": name, "choice": choice, "loss": loss}) + "\n")
+                row = with_checksum({"dim": name, "choice": choice, "loss": loss})
+                file.write(json.dumps(row) + "\n")
 
 
 def _whole_lines(path: Path) -> list[str]:

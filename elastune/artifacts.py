@@ -18,14 +18,32 @@ import yaml
 
 from elastune.config import Recipe, dump_recipe, make_recipe
 from elastune.errors import BadArtifact, BadRecipe
-from elastune.files import read_json, refuse_links_outside, remove, write_json, write_text
+from elastune.files import (
+    holding,
+    read_json,
+    refuse_links_outside,
+    refuse_outside,
+    remove,
+    write_json,
+    write_text,
+)
 from elastune.inputs import source_hashes
+from elastune.seals import SealedFiles, check_rows, digest_of, seal
 from elastune.yaml_text import parse_yaml
 
 SCHEMA = 1
 
 #: What a run that was refused, or killed before its first stage, may leave in a folder.
 _TRACES = (".lock", ".recipe.yaml.partial")
+
+_ROW: Mapping[str, Any] = {
+    "status": str,
+    "input_hash": str,
+    "seconds": (int, float),
+    "outputs": list,
+    "seals": dict,
+}
+"""The fields of a stage in the manifest."""
 
 
 class RunDirectory:
@@ -65,6 +83,7 @@ class RunDirectory:
         self.report = root / "report.html"
         self._pending_recipe: Recipe | None = None
         self._sources: dict[str, str] | None = None
+        self._sealed = SealedFiles(root)
 
     def teacher(self, key: str) -> Path:
         """Return where a teacher's outputs for the training examples are kept."""
@@ -162,7 +181,14 @@ class RunDirectory:
         """Return the manifest: stage -> status, input hash, seconds; and the versions used."""
         if not self.manifest_file.exists():
             return {"schema": SCHEMA, "stages": {}, "versions": versions()}
-        return check_schema(read_json(self.manifest_file), self.manifest_file)
+        found = check_schema(read_json(self.manifest_file), self.manifest_file)
+        with holding(self.manifest_file):
+            for row in found["stages"].values():
+                known = {"seals": {}, **row}
+                if not all(isinstance(known[name], kind) for name, kind in _ROW.items()):
+                    raise TypeError("a stage has a field of another kind")
+                refuse_outside(self.root, [*known["outputs"], *known["seals"]])
+        return found
 
     def sources(self, recipe: Recipe) -> Mapping[str, str]:
         """Return hashes of the local files that ``recipe`` names, as they are at first sight."""
@@ -171,14 +197,19 @@ class RunDirectory:
         return self._sources
 
     def is_done(self, stage: str, inputs: str) -> bool:
-        """Tell whether ``stage`` ended with these inputs and its outputs are still there."""
+        """Tell whether ``stage`` ended with these inputs and its outputs are still there.
+
+        Raises:
+            BadArtifact: a file of its outputs is not what the stage wrote.
+        """
         row = self.manifest()["stages"].get(stage)
-        return (
-            row is not None
-            and row["status"] == "done"
-            and row["input_hash"] == inputs
-            and all((self.root / name).exists() for name in row.get("outputs", ()))
-        )
+        if row is None or row["status"] != "done" or row["input_hash"] != inputs:
+            return False
+        outputs = [self.root / name for name in row["outputs"]]
+        if not all(path.exists() for path in outputs):
+            return False
+        self._sealed.check(stage, outputs, row.get("seals", {}))
+        return True
 
     @contextmanager
     def stage(self, name: str, inputs: str, *outputs: Path) -> Iterator[None]:
@@ -207,12 +238,15 @@ class RunDirectory:
     ) -> None:
         self.keep_recipe()
         manifest = self.manifest()
+        done = status == "done"
+        outputs = [path for path in outputs if path.exists() or not done]
         manifest["stages"][stage] = {
             "status": status,
             "input_hash": inputs,
             "seconds": round(seconds, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": [path.relative_to(self.root).as_posix() for path in outputs],
+            "seals": seal(self.root, outputs) if done else {},
         }
         manifest["sources"] = self._sources or manifest.get("sources", {})
         manifest["versions"] = versions()
@@ -224,11 +258,14 @@ class RunDirectory:
         """Return metrics.json, or an empty one."""
         if not self.metrics_file.exists():
             return {"schema": SCHEMA, "rows": [], "environment": environment()}
-        return check_schema(read_json(self.metrics_file), self.metrics_file)
+        found = check_schema(read_json(self.metrics_file), self.metrics_file)
+        check_rows(found, self.metrics_file)
+        return found
 
     def set_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the rows of metrics.json."""
         data = {"schema": SCHEMA, "rows": list(rows), "environment": environment()}
+        data["seal"] = digest_of(data["rows"])
         write_json(self.metrics_file, data)
 
 

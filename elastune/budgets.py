@@ -108,10 +108,10 @@ def single_choices(
         batch_tokens=run.recipe.evaluate.batch_tokens,
     )
     # A stage of its own: other budgets need no other measurements.
+    inputs = run.inputs("single choices", probes)
+    run.dir.is_done("single choices", inputs)  # refuses what changed since
     with (
-        run.dir.stage(
-            "single choices", run.inputs("single choices", probes), run.dir.single_choices
-        ),
+        run.dir.stage("single choices", inputs, run.dir.single_choices),
         run.reporter.bar("single choices", "choices") as bar,
     ):
         return single_choice_losses(

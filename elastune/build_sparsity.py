@@ -27,6 +27,7 @@ from elastune.artifacts import versions
 from elastune.calibrate import calibration_blocks
 from elastune.elastic.mask import DENSE, WeightLevels
 from elastune.errors import BadArtifact, BadData, BadRecipe, InvalidSpace, nearest
+from elastune.files import whole_file
 from elastune.importance import InputNorm, magnitude_scores, wanda_scores
 from elastune.linears import in_features, out_features, weight_of
 from elastune.models.blocks import PARTS, blocks
@@ -275,10 +276,9 @@ def save_levels(path: str | Path, levels: WeightLevels, made_from: Mapping[str, 
     header = {"format": _FORMAT, "made_from": told, "densities": densities}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
     tensors = {name: found.cpu().contiguous() for name, found in levels.levels.items()}
-    save_file(tensors, partial, metadata=header)
-    partial.replace(target)
+    with whole_file(target) as partial:
+        save_file(tensors, partial, metadata=header)
 
 
 def load_levels(path: str | Path) -> tuple[WeightLevels, dict[str, Any]]:

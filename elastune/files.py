@@ -24,10 +24,25 @@ _RENAME_EXCHANGE = 2
 def write_text(path: Path, text: str) -> None:
     """Write a file beside ``path`` and rename it into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` whose file takes its place when the block ends well.
+
+    When the block raises, such as on a full disk, that file is deleted and ``path`` is as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # never through a link that somebody put there
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -104,7 +104,8 @@ def measure(run: Run, names: list[str] | None = None, more: Sequence[Measurement
         for measurement in table.missing(system):
             same = table.twin(system, measurement)
             key = measurement.key(run, system)
-            with run.dir.stage(_stage(system.name, measurement.label), key):
+            answers = run.dir.prediction_file(system.name, measurement.label)
+            with run.dir.stage(_stage(system.name, measurement.label), key, answers):
                 if same is not None:
                     _share_predictions(run, measurement.label, same["name"], system.name)
                 row = same or _timed(run, system.name, model, measurement, key)

@@ -15,6 +15,7 @@ from typing import TextIO
 
 from elastune.files import write_text
 from elastune.metrics import Record
+from elastune.seals import with_checksum, without_checksum
 
 
 class PredictionFile:
@@ -45,7 +46,7 @@ class PredictionFile:
         # Rewritten without a line that a kill may have torn.
         header = {"evaluation": self._key, "seconds": round(self.seconds, 4)}
         lines = [header, *self.records.values()]
-        write_text(self.partial, "".join(_line(line) for line in lines))
+        write_text(self.partial, "".join(_line(with_checksum(line)) for line in lines))
         with self.partial.open("a", encoding="utf-8") as file:
             self._file = file
             try:
@@ -58,7 +59,7 @@ class PredictionFile:
         self.records[record["index"]] = record
         self.seconds += seconds
         if self._file is not None:
-            self._file.write(_line(record | {"seconds": round(seconds, 4)}))
+            self._file.write(_line(with_checksum(record | {"seconds": round(seconds, 4)})))
             self._file.flush()
 
     def finish(self) -> list[Record]:
@@ -77,11 +78,11 @@ class PredictionFile:
             header = _parsed(file.readline())
             if header is None or header.get("evaluation") != self._key:
                 return
-            self.seconds = header["seconds"]
+            self.seconds = header.get("seconds", 0.0)
             for line in file:
                 record = _parsed(line)
-                if record is None:  # torn by the kill
-                    return
+                if record is None or not isinstance(record.get("index"), int):
+                    return  # torn by the kill, or damaged: it and what follows is asked again
                 self.seconds += record.pop("seconds", 0.0)
                 self.records[record["index"]] = record
 
@@ -98,7 +99,7 @@ def _line(record: Record) -> str:
 
 def _parsed(line: str) -> Record | None:
     try:
-        parsed = json.loads(line)
-    except json.JSONDecodeError:
+        parsed = without_checksum(json.loads(line))
+    except ValueError:
         return None
     return parsed if isinstance(parsed, dict) and line.endswith("\n") else None

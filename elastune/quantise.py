@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from elastune.calibrate import calibration_blocks
 from elastune.elastic.merge_rules import Int4Grid
 from elastune.errors import BadArtifact, BadRecipe
+from elastune.files import whole_file
 from elastune.importance.sparsegpt import InputHessian
 from elastune.models import architecture
 from elastune.sparsify import gather
@@ -176,9 +177,8 @@ def save_grids(path: Path, grids: Mapping[str, Int4Grid]) -> None:
     for name, grid in grids.items():
         tensors[f"{name}.scale"] = grid.scale.cpu().contiguous()
         tensors[f"{name}.zero_point"] = grid.zero_point.cpu().contiguous()
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"format": _FORMAT})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"format": _FORMAT})
 
 
 def load_grids(path: Path) -> dict[str, Int4Grid]:

@@ -11,11 +11,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from elastune.files import holding, write_json, write_text
 from elastune.processes import is_main, wait
+from elastune.seals import seal
 from elastune.space import SearchSpace
 
 COMPLETE = "complete"
-"""Name of the file that marks a checkpoint as written to its end."""
+"""Name of the file that marks a checkpoint as written to its end; it holds its files' seals."""
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called after each step with (steps done, steps in all, {"loss", "tokens_per_s"})."""
@@ -50,15 +52,18 @@ class StepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Forget rows of steps that a killed run made after its last checkpoint."""
-        rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = rows[: state.global_step]
-        self.tokens = sum(json.loads(row)["tokens"] for row in kept)
-        self.last_loss = json.loads(kept[-1])["loss"] if kept else math.nan
+        kept: list[str] = []
+        with holding(self.path, try_="delete it; the training goes on, and its log from here"):
+            rows = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            # What a kill tore, and what no step before the checkpoint wrote, is not read.
+            for row in rows[: state.global_step]:
+                told = json.loads(row)
+                self.tokens += int(told["tokens"])
+                self.last_loss = float(told["loss"])
+                kept.append(row)
         wait()  # all have read before it changes
         if is_main():
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text("".join(kept))
-            partial.replace(self.path)
+            write_text(self.path, "".join(kept))
         self._started = time.monotonic()
         if self.progress is not None and kept:
             self.progress(state.global_step, state.max_steps, {})
@@ -96,4 +101,5 @@ class StepLog(TrainerCallback):
         """Mark the checkpoint as written to its end; only marked ones are resumed from."""
         wait()  # each process writes a part of it
         if is_main():
-            (self.path.parent / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = self.path.parent / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE, seal(folder, [folder]))

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from elastune.config import DistillConfig
 from elastune.errors import BadArtifact, BadRecipe
 from elastune.features import FeatureHooks, check_features, feature_hooks
-from elastune.files import read_json, write_json
+from elastune.files import read_json, whole_file, write_json
 from elastune.heads import HEADS, Head, SoftTargets
 from elastune.progress import Bar
 
@@ -327,9 +327,8 @@ def _merge(folder: Path, n_items: int) -> None:
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial)
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

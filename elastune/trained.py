@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -14,10 +15,13 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from elastune.errors import BadArtifact
+from elastune.files import read_json, whole_file
+from elastune.seals import broken
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.step_log import COMPLETE
 
 _WEIGHTS = "trained.safetensors"
+_LOG = logging.getLogger(__name__)
 
 
 class Trainee(Protocol):
@@ -41,10 +45,9 @@ class Trainee(Protocol):
 
 def save_trained(net: Trainee, folder: Path) -> None:
     """Write what training changed, whole or not at all."""
-    partial = folder / f".{_WEIGHTS}.partial"
     state = {name: tensor.contiguous().cpu() for name, tensor in net.trained_state().items()}
-    save_file(state, partial)
-    partial.replace(folder / _WEIGHTS)
+    with whole_file(folder / _WEIGHTS) as partial:
+        save_file(state, partial)
 
 
 def load_trained(net: Trainee, folder: Path) -> None:
@@ -87,13 +90,30 @@ def _check_states(folder: Path) -> None:
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the newest checkpoint that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint not in complete:
-            shutil.rmtree(checkpoint)
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return None if newest is None else str(newest)
+    """Return the newest checkpoint that was written to its end, and is as it was written.
+
+    All others that are newer are deleted: a run would only meet them again.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for checkpoint in reversed(found):
+        if (checkpoint / COMPLETE).is_file():
+            if _is_whole(checkpoint):
+                return str(checkpoint)
+            _LOG.warning("%s is damaged, and left out", checkpoint)
+            (checkpoint / COMPLETE).unlink()  # half deleted it must not be resumed from
+        shutil.rmtree(checkpoint)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Tell whether the files of a checkpoint are as its mark says; an empty one says nothing."""
+    mark = checkpoint / COMPLETE
+    if mark.stat().st_size == 0:  # of an earlier version
+        return True
+    try:
+        return not broken(checkpoint, read_json(mark))
+    except (BadArtifact, AttributeError, TypeError):
+        return False
 
 
 def forget_checkpoints(folder: Path) -> None:

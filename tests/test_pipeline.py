@@ -96,7 +96,7 @@ def times(run: Path) -> dict[str, int]:
 
 def test_metrics_have_the_schema_and_all_rows_in_order(run: Path) -> None:
     data = read_json(run / "metrics.json")
-    assert list(data) == ["schema", "rows", "environment"]
+    assert list(data) == ["schema", "rows", "environment", "seal"]
     assert data["schema"] == 1
     assert [row["name"] for row in data["rows"]] == ROWS
     for row in data["rows"]:

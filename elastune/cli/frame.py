@@ -6,7 +6,9 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,23 +127,49 @@ def be_quiet() -> None:
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn what the user can mend into one message and exit code 2; Ctrl-C into a line."""
+    """Turn what the user can mend into one message and exit code 2; signals into a line."""
     try:
-        yield
+        with _terminable():
+            yield
     except ElastuneError as error:
         _complain(error.message, error.try_)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         ERR.print("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None
+    except _Terminated:
+        ERR.print("terminated; run the same command again to go on")
+        raise typer.Exit(128 + signal.SIGTERM) from None
     except Exception as error:
-        reason = _cannot_write(error)
-        if reason is None:
+        told = _mendable(error)
+        if told is None:
             raise
-        _complain(
-            f"cannot write: {reason}", "free space or another --out; run again to go on from here"
-        )
+        _complain(*told)
         raise typer.Exit(2) from None
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as schedulers of clusters send it before they kill."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, where nobody else has an answer to it."""
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would break what tidies up
+    raise _Terminated
 
 
 def follow() -> None:
@@ -183,6 +211,25 @@ def _printable(text: str) -> str:
     return "".join(plain)
 
 
+def _mendable(error: Exception) -> tuple[str, str] | None:
+    """Return the message and the way out for a full disk and for too little memory, else None."""
+    reason = _cannot_write(error)
+    if reason is not None:
+        way_out = "free space or another --out; run again to go on from here"
+        return f"cannot write: {reason}", way_out
+    names = {cls.__name__ for cls in type(error).__mro__}
+    # torch's allocator of the CPU has no error of its own.
+    if names & {"MemoryError", "OutOfMemoryError"} or "DefaultCPUAllocator" in str(error):
+        first = str(error).strip().partition("\n")[0]
+        return (
+            "out of memory" + (f": {first}" if first else ""),
+            "a smaller train.batch_size (and more train.accumulation), "
+            "train.gradient_checkpointing=true or a smaller evaluate.batch_tokens, with --update; "
+            "run again to go on from here",
+        )
+    return None
+
+
 def _cannot_write(error: BaseException) -> str | None:
     """Return why a file could not be written, if that is what the error is about."""
     seen: BaseException | None = error
@@ -190,8 +237,11 @@ def _cannot_write(error: BaseException) -> str | None:
         if isinstance(seen, OSError) and seen.errno in _CANNOT_WRITE:
             return str(seen)
         # safetensors and torch report a full disk by errors of their own.
-        if f"(os error {errno.ENOSPC})" in str(seen):
-            return os.strerror(errno.ENOSPC)
+        for number in _CANNOT_WRITE:
+            if f"(os error {number})" in str(seen):
+                return os.strerror(number)
+        if "PytorchStreamWriter failed writing" in str(seen):
+            return "the disk is full, or a file may not be as large"
         seen = seen.__context__
     return None
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from elastune.artifacts import versions
 from elastune.errors import BadArtifact, BadData
+from elastune.files import whole_file
 from elastune.importance.base import Scores, SharedScores
 from elastune.importance.scored_linear import Grid
 
@@ -58,9 +59,8 @@ def save_scores(
     header = {"format": _FORMAT, "made_from": told, "shared": json.dumps(shared)}
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    save_file(tensors, partial, metadata=header)
-    partial.replace(target)
+    with whole_file(target) as partial:
+        save_file(tensors, partial, metadata=header)
 
 
 def load_scores(path: str | Path) -> tuple[Scores, dict[str, Any]]:

@@ -22,6 +22,7 @@ from elastune.report.fields import (
     read_rows,
     read_text,
 )
+from elastune.seals import check_rows
 
 CURVE_FILES = {
     "supernet": "supernet/train.jsonl",
@@ -188,6 +189,7 @@ def check_metrics(metrics: Mapping[str, Any], where: str = "metrics.json") -> No
         BadArtifact: a row lacks a field, is there twice, or has a fraction outside 0..1.
     """
     check_fields(metrics, {"rows": list}, where)
+    check_rows(metrics, Path(where))
     seen: set[tuple[str, str, str]] = set()
     for number, row in enumerate(metrics["rows"]):
         at = f"{where}, row {number}"

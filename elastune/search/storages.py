@@ -9,7 +9,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from elastune.errors import BadRecipe
+from elastune.seals import with_checksum, without_checksum
 
 _POSTGRES = re.compile(r"postgres(ql)?://")
 _ATTEMPTS = 5  # of making the tables, which workers that start together do at once
@@ -78,13 +79,28 @@ class JournalFile(JournalFileBackend):
             _cut_torn_line(file)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        """Write one line for each record, and wait until they are on the disk."""
-        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        """Write one line for each record, with its checksum; wait until they are on the disk."""
+        rows = map(with_checksum, logs)
+        lines = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
         with _locked(self.path) as file:
             _cut_torn_line(file)
             file.write(lines.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """Yield the records from a number on.
+
+        Raises:
+            ValueError: a line was damaged; it is named.
+        """
+        number = log_number_from
+        try:
+            for row in super().read_logs(log_number_from):
+                number += 1
+                yield without_checksum(row)
+        except ValueError as error:
+            raise ValueError(f"line {number or 1} or the next is damaged: {error}") from error
 
 
 @contextmanager
