@@ -228,7 +228,7 @@ class _SuperNetworkTrainer(Trainer):
             own = numbered[:1]
         batch = self.head.collate([item for _, item in own])
         numbers = torch.tensor([number for number, _ in own])
-        return {**batch, _NUMBERS: numbers, _IDLE: torch.tensor(idle)}
+        return {**batch, _NUMBERS: numbers, _IDLE: idle}
 
     def get_train_dataloader(self) -> Any:
         """Let every process go through whole batches, of which it collates its own part.
@@ -290,8 +290,6 @@ class _SuperNetworkTrainer(Trainer):
             loss = summed * weight / num_items_in_batch
             if scheduled is not None:  # of each micro-batch its share
                 loss = loss + scheduled.penalty() * (draw.weight / self.cfg.accumulation)
-            if processes.count() == 1:
-                self._refuse_divergence(float(loss.detach()), step)
             (self.accelerator if self.zero is None else self.zero).backward(loss)
             summed_losses += loss.detach()
         seen = inputs.get("attention_mask", inputs["input_ids"])
