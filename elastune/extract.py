@@ -57,7 +57,6 @@ class PeftAdapter:
         lora = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type]
-            target_modules=sorted(self.weights),
             rank_pattern={
                 re.escape(name): a.shape[0]
                 for name, (a, _, _) in self.weights.items()
@@ -74,6 +73,7 @@ class PeftAdapter:
             fan_in_fan_out=self.transposed,
             inference_mode=True,
         )
+        lora.target_modules = sorted(self.weights)  # PEFT makes a set of an argument, in any order
         tensors = {}
         for name, (a, b, _) in self.weights.items():
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()

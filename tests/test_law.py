@@ -188,3 +188,10 @@ def test_an_adapter_of_nothing_but_rank_0_is_refused() -> None:
     with pytest.raises(InvalidSubnet, match="every rank of this sub-network is 0"):
         extract(net, net.space.smallest())
     assert net.config == net.space.largest()
+
+
+def test_equal_adapters_are_equal_files(tmp_path: Path) -> None:
+    net = tiny_net(tiny_model("llama"))
+    extract(net, net.space.largest()).save(tmp_path / "adapter", base="base")
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["target_modules"] == sorted(net.adapters)
