@@ -83,7 +83,7 @@ SCRIPTS = (
     Script(
         "activate",
         (
-            Figure("activate_ms", "activating a sub-network, ms", 5),
+            Figure("activate_ms", "activating a sub-network, ms", 1),
             Figure("ready_s", "from the loaded model to the first draw, s", 2),
         ),
     ),
@@ -108,14 +108,14 @@ SCRIPTS = (
     Script(
         "train_step",
         (
-            Figure("nls_over_peft_cpu", "NLS step / PEFT LoRA step, CPU", 0.85),
-            Figure("nls_over_floor_cpu", "NLS step / frozen base alone, CPU", 1.12),
+            Figure("nls_over_peft_cpu", "NLS step / PEFT LoRA step, CPU", 0.9),
+            Figure("nls_over_floor_cpu", "NLS step / frozen base alone, CPU", 1.15),
             Figure("memory_over_peft", "peak memory, NLS / PEFT LoRA", 0.6),
         ),
     ),
     Script(
         "sandwich_step",
-        (Figure("sandwich.times_plain", "sandwich step / plain step", 2.0),),
+        (Figure("sandwich.times_plain", "sandwich step / plain step"),),
     ),
     Script(
         "masked_step",
@@ -162,11 +162,15 @@ SCRIPTS = (
     ),
     Script(
         "search_cost",
-        (Figure("wall_over_full", "search / its sub-networks one by one, wall", 0.5),),
+        (Figure("wall_over_full", "search / its sub-networks one by one, wall"),),
     ),
     Script(
         "search_front",
         (Figure("cost_to_match_nsga2", "auto's work to match all of nsga2's", 0.05),),
+    ),
+    Script(
+        "choice_losses",
+        (Figure("pearson", "single-choice losses: estimated against measured, Pearson"),),
     ),
     Script(
         "extract_load",

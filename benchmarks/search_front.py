@@ -106,7 +106,7 @@ class Remembered:
 def main() -> None:
     args = _arguments()
     console = Console(width=110)
-    subject = _of_run(args) if args.run else _untrained(args)
+    subject = of_run(args) if args.run else untrained(args)
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
     subject.objective("plain")(subject.net.space.largest())  # warms up
     kept = _Kept(args.out, _conditions(args))
@@ -121,7 +121,7 @@ def main() -> None:
             started = time.perf_counter()
             source = LOSSES_OF.get(algorithm, "")
             if source and (source, mode) not in losses:
-                make = _estimated if source == "estimated" else _measured
+                make = estimated if source == "estimated" else measured
                 losses[source, mode] = make(subject, mode)
             objective = remembered if mode == "plain" else subject.objective(mode)
             begin = losses.get((source, mode))
@@ -161,7 +161,7 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def _of_run(args: argparse.Namespace) -> Subject:
+def of_run(args: argparse.Namespace) -> Subject:
     directory = RunDirectory(args.run)
     run = Run(directory, directory.recipe(), Reporter())
     net = run.load_supernet()
@@ -174,7 +174,7 @@ def _of_run(args: argparse.Namespace) -> Subject:
     return Subject(net, run.tokenizer, task, examples, args.probes, lambda c: vars(count(c)))
 
 
-def _untrained(args: argparse.Namespace) -> Subject:
+def untrained(args: argparse.Namespace) -> Subject:
     model, tokenizer = load_model("smollm2-135m")
     texts = calibration_texts("c4", args.data)
     rows = calibration_rows(texts, tokenizer, n_sequences=8, length=128, seed=0)
@@ -188,7 +188,7 @@ def _untrained(args: argparse.Namespace) -> Subject:
     return Subject(net, tokenizer, task, chosen, args.probes, lambda c: vars(count(c)))
 
 
-def _estimated(subject: Subject, mode: str) -> tuple[Losses, float]:
+def estimated(subject: Subject, mode: str) -> tuple[Losses, float]:
     """Return estimated single-choice losses, and the whole evaluations that they took."""
     head = HEADS[subject.task.head]
     length = getattr(subject.task, "max_length", 1024)
@@ -198,7 +198,7 @@ def _estimated(subject: Subject, mode: str) -> tuple[Losses, float]:
     return losses, 3 * len(items) / len(subject.examples)
 
 
-def _measured(subject: Subject, mode: str) -> tuple[Losses, float]:
+def measured(subject: Subject, mode: str) -> tuple[Losses, float]:
     """Return measured single-choice losses, and the whole evaluations that they took."""
     objective = subject.objective(mode, subject.probes)
     largest = subject.net.space.largest()
