@@ -7,7 +7,7 @@ k, v, up and down. They run one after the other, so that each has the memory to 
 - nls_tokens_per_s, peft_tokens_per_s: of the examples, padding not counted; nls_over_peft_step.
 - nls_peak_gib, peft_peak_gib; memory_over_peft. Goal 0.6.
 - nls_hours, peft_hours: three epochs over 10,000 examples of this mean length, projected from
-  these steps. Shears: "a couple of hours on a single GPU". Goal 3.
+  these steps. The paper on Shears tells of a pair of hours on one GPU. Goal 2.
 
     python benchmarks/gpu/train_step.py [--quick] [--steps 10] [--batch-size 16] [--tokens 240]
                                         [--device cuda] [--blocks 32] [--width 4096]
