@@ -121,7 +121,10 @@ def losses(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=pytest.mark.slow) if k in ("eftnas", "sandwich") else k for k in KINDS],
+)
 def test_two_processes_train_the_weights_of_one(kind: str, tmp_path: Path) -> None:
     file = recipe(tmp_path, **KINDS[kind])
     launched("run", file, "--out", tmp_path / "two")
@@ -167,7 +170,7 @@ def workers(launcher: int) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize("then", [1, 3])
+@pytest.mark.parametrize("then", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_killed_process_is_reported_and_any_number_goes_on(then: int, tmp_path: Path) -> None:
     file = recipe(
         tmp_path, train={"max_steps": 60, "batch_size": 13, "learning_rate": 1e-3}, baselines=[]

@@ -180,7 +180,7 @@ def test_a_target_that_cannot_be_met_tells_the_closest_and_leaves_nothing(
     output = cli("extract", copy, "--target", "loss<=0.01", "--trials", 2, code=2).output
     assert f"none of the {5 + 2} sub-networks that were tried keeps loss<=0.01; the" in output
     closest = float(output.partition("has loss ")[2].split()[0])
-    assert 0.01 < closest <= lowest
+    assert 0.01 < closest <= lowest + 1e-6  # what is told is rounded
     assert not (copy / "search" / "targets.json").exists()
     assert {path.name for path in (copy / "subnets").iterdir()} == {
         *("largest", "heuristic", "smallest", "best")
