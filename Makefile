@@ -21,7 +21,7 @@ help:  ## list the commands
 demo: .venv  ## Shears on a small real LLM: sparsify, train, search, report
 	$(BIN)/elastune demo
 
-test: .venv  ## unit and end-to-end tests (under 10 minutes on two cores)
+test: .venv  ## unit and end-to-end tests (a quarter of an hour on two cores)
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-all: .venv  ## everything, the slow tests too
