@@ -154,10 +154,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--searches", nargs="+", choices=every, metavar="NAME/MODE", default=known)
     parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one seed, 12 trials, 32 examples")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, 12 trials, 16 examples, two searches"
+    )
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.examples, args.seeds, args.probes = 12, 32, [0], 8
+        args.trials, args.examples, args.seeds, args.probes = 12, 16, [0], 4
+        args.searches = ["nsga2/plain", "auto/cheap"]
     return args
 
 
