@@ -214,9 +214,9 @@ class _FrozenLinearPlusLoRA(torch.autograd.Function):
     """x W^T + b + s (x A^T) B^T with the adapter's products accumulated in place.
 
     autograd would write the full-size product of the adapter and its input gradient to memory of
-    their own and add them afterwards; here both are accumulated by the matrix product itself. What
-    is as thin as the rank is held as rows, ``(r, T)``: matrix products that write few columns run
-    at two thirds of the speed of those that write few rows, or less.
+    their own and add them afterwards; here both are accumulated by the matrix product itself. In
+    the backward pass what is as thin as the rank is held as rows, ``(r, T)``: matrix products that
+    write few columns run at two thirds of the speed of those that write few rows, or less.
     """
 
     @staticmethod
@@ -224,9 +224,9 @@ class _FrozenLinearPlusLoRA(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        low = a @ flat.T  # (r, T)
+        low = flat @ a.T  # (T, r), as PEFT computes it: the outputs are equal bit by bit
         out = nn.functional.linear(flat, weight, bias)
-        out.addmm_(low.T, b.T, alpha=scale)
+        out.addmm_(low, b.T, alpha=scale)
         ctx.save_for_backward(flat, weight, a, b, low)
         ctx.scale = scale
         ctx.shape = x.shape
@@ -241,5 +241,5 @@ class _FrozenLinearPlusLoRA(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ weight).addmm_(grad_low.T, a).view(ctx.shape)
         grad_a = grad_low @ flat
-        grad_b = (low @ grad).mul_(ctx.scale).T
+        grad_b = (low.T @ grad).mul_(ctx.scale).T
         return grad_x, None, None, grad_a, grad_b, None
