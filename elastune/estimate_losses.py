@@ -32,7 +32,7 @@ from elastune.elastic.sparse import mask_of
 from elastune.errors import BadData
 from elastune.heads import Head
 from elastune.importance.passes import Passes, gradients_of
-from elastune.importance.structure import unit_ends
+from elastune.importance.structure import block_ends
 from elastune.linears import is_transposed
 from elastune.models.blocks import Block
 from elastune.space import ElasticDim
@@ -149,7 +149,7 @@ def _hooks(net: SuperNetwork, dim: ElasticDim, watch: _Watch) -> Iterator[Any]:
         if dim.kind == "depth":
             yield _watch_output(block.module, dim, watch, _depth_slopes(dim.choices))
         else:
-            yield _watch_units(net, block, dim, watch)
+            yield _watch_units(block, dim, watch)
 
 
 def _watch_output(module: nn.Module, dim: ElasticDim, watch: _Watch, slopes: Slopes) -> Any:
@@ -167,10 +167,10 @@ def _watch_output(module: nn.Module, dim: ElasticDim, watch: _Watch, slopes: Slo
     return module.register_forward_hook(watched, with_kwargs=True)
 
 
-def _watch_units(net: SuperNetwork, block: Block, dim: ElasticDim, watch: _Watch) -> Any:
+def _watch_units(block: Block, dim: ElasticDim, watch: _Watch) -> Any:
     """Watch the units of a half at the input of the projection that ends it."""
     name = f"layers.{block.index}.{dim.kind}"
-    module, table = next((m, t) for n, m, t in unit_ends(net.model) if n == name)
+    module, table = next((m, t) for n, m, t in block_ends(block) if n == name)
     per_unit = block.heads_per_unit if dim.kind == "heads" else 1
     kept = torch.tensor([choice // per_unit for choice in dim.choices])
     table = table[: kept[0]]  # the largest sub-network may be less than the model
