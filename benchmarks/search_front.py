@@ -28,7 +28,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ from elastune.progress import Reporter
 from elastune.reorder import reorder_
 from elastune.run import Run
 from elastune.search import ALGORITHMS, Known, Measurement, Trial, search
+from elastune.search.base import RacingObjective
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.supernet import SuperNetwork
 from elastune.tasks import get_task
@@ -61,8 +62,7 @@ from elastune.tasks import get_task
 COST = "block_macs"
 VALUES = ("loss", COST)
 LOSSES_OF = {"auto": "estimated", "milp": "measured"}
-PLAIN: dict[str, Any] = {"cache": False, "reuse": False, "race": False}
-MODES: dict[str, dict[str, Any]] = {"plain": PLAIN, "cheap": {}}
+MODES = ("plain", "cheap")
 
 
 @dataclass
@@ -77,21 +77,34 @@ class Subject:
     costs: Callable[[SubnetConfig], Mapping[str, float]]
     batch_tokens: int = 4096
 
-    def objective(self, mode: str, n: int | None = None) -> ValidationObjective:
+    def objective(self, mode: str, n: int | None = None) -> RacingObjective:
         """Return a new objective of a mode, over the first ``n`` examples."""
-        options: dict[str, Any] = {"kind": "loss", "against": COST, **MODES[mode]}
-        options["batch_tokens"] = self.batch_tokens
-        examples = self.examples[:n]
-        return make_objective(self.net, self.tokenizer, self.task, examples, self.costs, **options)[
-            0
-        ]
+        whole = make_objective(
+            self.net,
+            self.tokenizer,
+            self.task,
+            self.examples[:n],
+            self.costs,
+            kind="loss",
+            against=COST,
+            batch_tokens=self.batch_tokens,
+            race=mode == "cheap",
+        )[0]
+        return (
+            whole if mode == "cheap" else Plain(whole, self.costs(self.net.space.largest())[COST])
+        )
 
 
-class Remembered:
-    """Plain measurements, made once for all algorithms and seeds: their work is known anyway."""
+class Plain:
+    """Measures without races, and counts what that takes where nothing is used again.
 
-    def __init__(self, objective: ValidationObjective) -> None:
+    Hidden states are used again all the same, and each configuration is measured once for all
+    searches: neither changes a loss by more than rounding, and the work is known anyway.
+    """
+
+    def __init__(self, objective: ValidationObjective, largest: float) -> None:
         self._objective = objective
+        self._largest = largest
         self._known: dict[SubnetConfig, Measurement] = {}
 
     def __call__(self, config: SubnetConfig) -> Mapping[str, float]:
@@ -99,7 +112,9 @@ class Remembered:
 
     def measure(self, config: SubnetConfig, rivals: Sequence[Trial]) -> Measurement:
         if config not in self._known:
-            self._known[config] = self._objective.measure(config, ())
+            found = self._objective.measure(config, ())
+            work = found.values[COST] / self._largest
+            self._known[config] = replace(found, equivalents=work)
         return self._known[config]
 
 
@@ -108,10 +123,10 @@ def main() -> None:
     console = Console(width=110)
     subject = of_run(args) if args.run else untrained(args)
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
-    subject.objective("plain")(subject.net.space.largest())  # warms up
+    subject.objective("cheap")(subject.net.space.largest())  # warms up
     kept = _Kept(args.out, _conditions(args))
     losses: dict[tuple[str, str], tuple[Losses, float]] = {}
-    remembered = Remembered(subject.objective("plain"))
+    plain = subject.objective("plain")
     for seed in args.seeds:
         for search_name in args.searches:
             key = f"{search_name}/{seed}"
@@ -123,7 +138,7 @@ def main() -> None:
             if source and (source, mode) not in losses:
                 make = estimated if source == "estimated" else measured
                 losses[source, mode] = make(subject, mode)
-            objective = remembered if mode == "plain" else subject.objective(mode)
+            objective = plain if mode == "plain" else subject.objective(mode)
             begin = losses.get((source, mode))
             row = _search(subject, objective, algorithm, seed, begin, args.trials)
             kept.add(key, row)

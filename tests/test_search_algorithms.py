@@ -22,6 +22,7 @@ from elastune.errors import BadRecipe
 from elastune.search import exhaustive, heuristic, nsga2, random_search, rnsga2, tpe
 from elastune.search.base import Known, Propose, Trial, non_dominated
 from elastune.search.front import hypervolume, pareto_ranks
+from elastune.search.history import History
 from elastune.space import ElasticDim, SearchSpace
 
 Values = Callable[[np.ndarray], np.ndarray]
@@ -435,7 +436,7 @@ def test_heuristic_tries_the_named_ones_and_then_nothing() -> None:
 def test_tpe_sees_the_best_trials_of_a_long_history_only() -> None:
     space, values = space_of(210), additive(210, 3, 0)
     drawn = searched(random_search.propose, space, values, 300)
-    shown = tpe._shown(space, drawn, drawn)
+    shown = tpe._shown(space, History(drawn))
     assert len(shown) == 95
     ranks = pareto_ranks(array_of(drawn))
     numbers = [trial.number for trial in shown]

@@ -17,6 +17,7 @@ from elastune.allocate import Knapsack
 from elastune.search import hill_climb, milp
 from elastune.search.base import Known, Trial, first_untried, non_dominated
 from elastune.search.codes import Codes, codes_of
+from elastune.search.history import History
 from elastune.search.limits import violation
 from elastune.search.surrogate import Additive
 from elastune.space import SearchSpace, SubnetConfig
@@ -40,11 +41,12 @@ def propose(
     each the one of the largest expected hypervolume improvement is taken; one that is expected to
     keep the limits before any that is not.
     """
-    tried = {trial.config for trial in trials}
+    history = History.of(trials)
+    tried = history.tried
     config = first_untried(space, tried)
     if config is not None:
         return config
-    usable = [trial for trial in trials if not trial.failed]
+    usable = history.finished
     if known.losses is not None and usable:
         answers = milp.answers_of(space, trials, known)
         for budget in milp.seed_budgets(answers, space, known):
@@ -56,8 +58,8 @@ def propose(
             config = _of_any_size(codes_of(space), rng)
             if config not in tried:
                 return config
-        return hill_climb.propose(space, trials, rng, known)
-    return _Round(space, trials, known).best(rng) or hill_climb.propose(space, trials, rng, known)
+        return hill_climb.propose(space, history, rng, known)
+    return _Round(space, history, known).best(rng) or hill_climb.propose(space, history, rng, known)
 
 
 def _of_any_size(codes: Codes, rng: np.random.Generator) -> SubnetConfig:
@@ -68,13 +70,13 @@ def _of_any_size(codes: Codes, rng: np.random.Generator) -> SubnetConfig:
 class _Round:
     """One proposal: the fit, the front, the candidates and what is expected of them."""
 
-    def __init__(self, space: SearchSpace, trials: Sequence[Trial], known: Known) -> None:
+    def __init__(self, space: SearchSpace, trials: History, known: Known) -> None:
         self.space, self.known, self.trials = space, known, trials
         self.codes = codes_of(space)
         self.model = Additive.fit(space, trials, known.losses)
         self.knapsack = milp.answers_of(space, trials, known).knapsack
         kept = [trial for trial in trials if trial.violation <= 0]
-        self.front = non_dominated(kept) or non_dominated(trials)
+        self.front = non_dominated(kept) or list(trials.front)
 
     def best(self, rng: np.random.Generator) -> SubnetConfig | None:
         """Return the candidate that promises most; None where all were tried."""

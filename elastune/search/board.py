@@ -53,7 +53,7 @@ class Board:
     @cached_property
     def trials(self) -> tuple[Trial, ...]:
         """The live tickets that have a configuration."""
-        return tuple(ticket.trial for ticket in self.live if ticket.trial is not None)
+        return tuple([ticket.trial for ticket in self.live if ticket.trial is not None])
 
     @cached_property
     def orphans(self) -> tuple[SubnetConfig, ...]:

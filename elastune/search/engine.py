@@ -21,8 +21,8 @@ from elastune.search.base import (
     RacingObjective,
     SearchResult,
     Trial,
-    non_dominated,
 )
+from elastune.search.history import History
 from elastune.space import SearchSpace, SubnetConfig
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ class _Searcher:
     # (trials, those finished) when nothing was left to propose; other workers' may change that.
     exhausted: tuple[int, int] | None = field(default=None, init=False)
     cause: str | None = field(default=None, init=False)
+    history: History = field(default_factory=History, init=False)
 
     def run(self) -> list[Trial]:
         """Make trials until there are enough, and wait for those of the others."""
@@ -194,8 +195,7 @@ class _Searcher:
             config = None if board is None else self._choose(board)
             if board is None or config is None or not self.store.claim(config):
                 return None
-            history = board.trials
-            if self.store.finish(self._measure(config, history)):
+            if self.store.finish(self._measure(config)):
                 return config
             _LOG.warning("another worker took this one for dead, and its trial with it")
             return None
@@ -217,12 +217,12 @@ class _Searcher:
 
     def _choose(self, board: Board) -> SubnetConfig | None:
         """Return what to try next; None if there are enough trials, or nothing is left."""
-        history = board.trials
+        history = self.history = self.history.grown(board.trials)
         if len(history) >= self.total or self._is_late:
             return None
         if board.orphans:
             return board.orphans[0]
-        tried = {trial.config for trial in history}
+        tried = history.tried
         given = next((config for config in self.start if config not in tried), None)
         if given is not None:
             return given
@@ -234,11 +234,11 @@ class _Searcher:
             raise RuntimeError(f"{self.propose.__module__} proposed {config!r} again")
         return config
 
-    def _measure(self, config: SubnetConfig, history: Sequence[Trial]) -> Measurement:
+    def _measure(self, config: SubnetConfig) -> Measurement:
         self.cause = None
         try:
             if hasattr(self.objective, "measure"):
-                return self.objective.measure(config, non_dominated(history))
+                return self.objective.measure(config, self.history.front)
             return Measurement(self.objective(config))
         except Exception as error:
             if not _is_out_of_memory(error):

@@ -7,12 +7,13 @@ With a cost beside the quality every size on the front is climbed from in turn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from elastune.search import random_search
-from elastune.search.base import Known, Trial, first_untried, non_dominated
+from elastune.search.base import Known, Trial, first_untried
+from elastune.search.history import History
 from elastune.space import SearchSpace, SubnetConfig
 
 _DRAWS = 32  # neighbours drawn before those that are left are listed
@@ -34,13 +35,14 @@ def propose(
     al., 2017, Fast Genetic Algorithms): one is likeliest, half of them possible. Where no neighbour
     within two steps is left, random search goes on; None where all were tried.
     """
-    tried = {trial.config for trial in trials}
+    history = History.of(trials)
+    tried = history.tried
     first = first_untried(space, tried)
     if first is not None:
         return first
-    front = _convex_part(non_dominated(trials))
+    front = _convex_part(history.front)
     if not front:  # all have failed so far
-        return random_search.propose(space, trials, rng, known)
+        return random_search.propose(space, history, rng, known)
     places = _places(front)
     for _ in range(_DRAWS):
         goal = rng.uniform(-_BEYOND, 1 + _BEYOND) * places[-1]
@@ -56,7 +58,8 @@ def propose(
             config = _neighbour(space, origin, direction, rng)
         if config not in tried:
             return config
-    return _left_over(space, origin, tried, rng) or random_search.propose(space, trials, rng, known)
+    left = _left_over(space, origin, tried, rng)
+    return left or random_search.propose(space, history, rng, known)
 
 
 def _convex_part(front: Sequence[Trial]) -> list[Trial]:
@@ -125,7 +128,10 @@ def _neighbour(
 
 
 def _left_over(
-    space: SearchSpace, origin: SubnetConfig, tried: set[SubnetConfig], rng: np.random.Generator
+    space: SearchSpace,
+    origin: SubnetConfig,
+    tried: Collection[SubnetConfig],
+    rng: np.random.Generator,
 ) -> SubnetConfig | None:
     """Return one of the untried neighbours, or of their neighbours, or None."""
     near = space.neighbours(origin)

@@ -18,6 +18,7 @@ from elastune.allocate import CostOf, Knapsack
 from elastune.errors import InvalidSpace
 from elastune.search import hill_climb
 from elastune.search.base import Known, Losses, Trial, first_untried
+from elastune.search.history import History
 from elastune.search.surrogate import Additive
 from elastune.space import SearchSpace, SubnetConfig
 
@@ -38,7 +39,8 @@ def propose(
     one value the least summed loss is the only answer. Where all answers were tried hill climbing
     goes on.
     """
-    tried = {trial.config for trial in trials}
+    history = History.of(trials)
+    tried = history.tried
     config = first_untried(space, tried)
     if config is None and known.losses is None:
         config = next((single for single in _singles(space) if single not in tried), None)
@@ -46,11 +48,11 @@ def propose(
         return config
     losses = known.losses or single_losses(space, trials)
     if losses is None:
-        return hill_climb.propose(space, trials, rng, known)
+        return hill_climb.propose(space, history, rng, known)
     answers = answers_of(space, trials, known)
     found = (answers.at(losses, budget) for budget in _budgets(answers, losses, trials, known))
     config = next((c for c in found if c is not None and c not in tried), None)
-    return config or hill_climb.propose(space, trials, rng, known)
+    return config or hill_climb.propose(space, history, rng, known)
 
 
 def single_losses(

@@ -18,6 +18,7 @@ import numpy as np
 from elastune.search import random_search
 from elastune.search.base import Known, Trial, first_untried
 from elastune.search.front import crowding, pareto_ranks
+from elastune.search.history import History
 from elastune.space import SearchSpace, SubnetConfig
 
 Select = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -80,18 +81,17 @@ def evolve(
 
     The population is what ``select`` takes of all trials that have values.
     """
-    tried = {trial.config for trial in trials}
+    history = History.of(trials)
+    tried = history.tried
     if len(tried) >= space.size:
         return None
     first = first_untried(space, tried)
     if first is not None:
         return first
-    finished = [trial for trial in trials if not trial.failed]
-    if len(trials) < known.population or len(finished) < 2:
-        return random_search.propose(space, trials, rng, known)
-    values = np.array([list(trial.values.values()) for trial in finished])
-    violations = np.array([trial.violation for trial in finished])
-    population = select(values, violations, max(2, known.population))
+    finished = history.finished
+    if len(history) < known.population or len(finished) < 2:
+        return random_search.propose(space, history, rng, known)
+    population = select(history.values, history.violations, max(2, known.population))
     codes: dict[int, np.ndarray] = {}
     for draw in range(1, _DRAWS + 1):
         parents = [int(population[_tournament(len(population), rng)]) for _ in range(2)]
@@ -104,7 +104,7 @@ def evolve(
         child = space.decode(_mutated(space, mixed, draw * _MUTATED / len(one), rng).tolist())
         if child not in tried:
             return child
-    return random_search.propose(space, trials, rng, known)
+    return random_search.propose(space, history, rng, known)
 
 
 def _tournament(size: int, rng: np.random.Generator) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from elastune.search.base import Known, Trial, first_untried
+from elastune.search.history import History
 from elastune.space import SearchSpace, SubnetConfig
 
 
@@ -18,7 +19,7 @@ def propose(
 
     None where all were tried.
     """
-    tried = {trial.config for trial in trials}
+    tried = History.of(trials).tried
     first = first_untried(space, tried)
     if first is not None:
         return first

@@ -9,6 +9,7 @@ import numpy as np
 
 from elastune.search import random_search
 from elastune.search.base import Known, Trial, first_untried
+from elastune.search.history import History
 from elastune.search.nsga2 import least_crowded
 from elastune.space import SearchSpace, SubnetConfig
 
@@ -33,16 +34,16 @@ def propose(
 
     What was tried already is drawn anew, then changed by one step. None where all were tried.
     """
-    tried = {trial.config for trial in trials}
+    history = History.of(trials)
+    tried = history.tried
     if len(tried) >= space.size:
         return None
     first = first_untried(space, tried)
     if first is not None:
         return first
-    finished = [trial for trial in trials if not trial.failed]
-    if len(finished) < _STARTUP:
-        return random_search.propose(space, trials, rng, known)
-    draw = _sampler(space, _shown(space, trials, finished), len(known.values), rng)
+    if len(history.finished) < _STARTUP:
+        return random_search.propose(space, history, rng, known)
+    draw = _sampler(space, _shown(space, history), len(known.values), rng)
     for _ in range(_DRAWS):
         config = draw()
         if config not in tried:
@@ -50,16 +51,15 @@ def propose(
     near = [neighbour for neighbour in space.neighbours(config) if neighbour not in tried]
     if near:
         return near[int(rng.integers(len(near)))]
-    return random_search.propose(space, trials, rng, known)
+    return random_search.propose(space, history, rng, known)
 
 
-def _shown(space: SearchSpace, trials: Sequence[Trial], finished: Sequence[Trial]) -> list[Trial]:
+def _shown(space: SearchSpace, history: History) -> list[Trial]:
     """Return the best trials that have values and the last that have none, in their order."""
     most = max(_FEWEST, _CELLS // len(space))
-    values = np.array([list(trial.values.values()) for trial in finished])
-    violations = np.array([trial.violation for trial in finished])
-    best = [finished[row] for row in least_crowded(values, violations, most)]
-    without = [trial for trial in trials if trial.failed][-most // 4 :]
+    rows = least_crowded(history.values, history.violations, most)
+    best = [history.finished[row] for row in rows]
+    without = [trial for trial in history if trial.failed][-most // 4 :]
     return sorted([*best, *without], key=lambda trial: trial.number)
 
 
