@@ -29,6 +29,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import moocore
 import numpy as np
 from data_folder import add_data_option
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from elastune.allocate import Losses, single_choice_losses
@@ -140,7 +142,9 @@ def main() -> None:
                 losses[source, mode] = make(subject, mode)
             objective = plain if mode == "plain" else subject.objective(mode)
             begin = losses.get((source, mode))
-            row = _search(subject, objective, algorithm, seed, begin, args.trials)
+            with console.status(key) as status:
+                told = partial(_tell, status, key)
+                row = _search(subject, objective, algorithm, seed, begin, args.trials, told)
             kept.add(key, row)
             console.print(
                 f"{key}: {sum(t[2] for t in row['trials']) + row['before']:.1f} evaluations, "
@@ -240,6 +244,7 @@ def _search(
     seed: int,
     losses: tuple[Losses, float] | None,
     trials: int,
+    told: Callable[[int, int, Trial], None],
 ) -> dict[str, Any]:
     """Search once; return the work before it, and loss, cost, work and fate of each trial."""
     found = search(
@@ -250,9 +255,14 @@ def _search(
         trials=trials,
         seed=seed,
         known=Known(VALUES, subject.costs, losses[0] if losses else None),
+        progress=told,
     )
     rows = [[t.values["loss"], t.values[COST], t.equivalents, t.dropped] for t in found.trials]
     return {"before": losses[1] if losses else 0.0, "trials": rows}
+
+
+def _tell(status: Status, key: str, done: int, total: int, _: Trial) -> None:
+    status.update(f"{key}: {done}/{total} trials")
 
 
 class _Kept:

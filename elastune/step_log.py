@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from elastune.files import holding, write_json, write_text
 from elastune.processes import is_main, wait
 from elastune.seals import seal
 from elastune.space import SearchSpace
+
+_LOG = logging.getLogger(__name__)
 
 COMPLETE = "complete"
 """Name of the file that marks a checkpoint as written to its end; it holds its files' seals."""
@@ -63,6 +66,14 @@ class StepLog(TrainerCallback):
                 kept.append(row)
         wait()  # all have read before it changes
         if is_main():
+            if len(kept) < state.global_step:
+                _LOG.warning(
+                    "%s has lost %d of the %d steps before the checkpoint; the training goes on, "
+                    "and its log from here",
+                    self.path,
+                    state.global_step - len(kept),
+                    state.global_step,
+                )
             write_text(self.path, "".join(kept))
         self._started = time.monotonic()
         if self.progress is not None and kept:

@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tiny_run import save_recipe, save_sums, save_tiny_model, tiny_recipe
 
 from elastune.cli import main
@@ -223,6 +225,8 @@ class _Watch:
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
         inside = os.path.relpath(path, self.folder)
+        if inside == ".lock":  # of no stage, and gone when the process is
+            return
         name = stage_of(inside) or self.stage
         if name != self.stage:
             self.stage = name
@@ -341,11 +345,27 @@ def outcome(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().split("\n") if line]
             found[name] = [_steady(row) for row in rows]
+        elif path.suffix == ".safetensors":
+            found[name] = tensors_of(path)
         elif path.suffix in (".journal", ".html", ".md"):
             found[name] = "there"
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def tensors_of(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, bytes]]]:
+    """Return the metadata, which have no order in the file, and type and bytes of each tensor."""
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        described = file.metadata() or {}
+    return described, {
+        name: (
+            f"{t.dtype}{list(t.shape)}",
+            t.contiguous().flatten().view(torch.uint8).numpy().tobytes(),
+        )
+        for name, t in tensors.items()
+    }
 
 
 def _steady(data: Any) -> Any:
@@ -372,9 +392,9 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
 
 @contextmanager
 def set_aside(folder: Path) -> Iterator[None]:
-    """Give a folder back as it was: what runs in it meanwhile has the same path."""
-    kept = folder.with_name(f"{folder.name}.kept")
-    shutil.copytree(folder, kept, symlinks=True)
+    """Give a folder back as it was: what runs in it meanwhile has the same path. It nests."""
+    kept = Path(tempfile.mkdtemp(prefix=f"{folder.name}.kept-", dir=folder.parent))
+    shutil.copytree(folder, kept, symlinks=True, dirs_exist_ok=True)
     try:
         yield
     finally:

@@ -108,20 +108,8 @@ def cut_adapter(
     """
     if sum(given is not None for given in (energy, rank, target)) > 1:
         raise BadRecipe("energy, rank and target each choose the ranks: give one of them")
-    out = Path(out).absolute()
-    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
-        raise BadRecipe(
-            f"{out} is there already and is no adapter, so it is not replaced",
-            try_="another --out",
-        )
-    config = read_config(folder)
-    said = config.get("base_model_name_or_path")
-    if not isinstance(model, PreTrainedModel):
-        source = model or said
-        loaded, own = _load(folder, config, source)
-        tokenizer = tokenizer or own
-    else:
-        source, loaded = said or model.config.name_or_path, model
+    out = _replaceable(Path(out).absolute())
+    loaded, source, tokenizer = _base(folder, model, tokenizer)
     rows = _token_rows(calibration, tokenizer)
     lora = read_adapter(folder, loaded)
     ordered = order_ranks(loaded, lora, rows)
@@ -155,6 +143,31 @@ def cut_adapter(
         names,
         worst,
     )
+
+
+def _replaceable(out: Path) -> Path:
+    """Return the folder, which must hold an adapter or nothing."""
+    if out.is_dir() and any(out.iterdir()) and not (out / CONFIG).is_file():
+        raise BadRecipe(
+            f"{out} is there already and is no adapter, so it is not replaced",
+            try_="another --out",
+        )
+    return out
+
+
+def _base(
+    folder: str | Path,
+    model: str | Path | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[PreTrainedModel, Any, PreTrainedTokenizerBase | None]:
+    """Return the model an adapter is of, what it is called, and the tokenizer."""
+    config = read_config(folder)
+    said = config.get("base_model_name_or_path")
+    if isinstance(model, PreTrainedModel):
+        return model, said or model.config.name_or_path, tokenizer
+    source = model or said
+    loaded, own = _load(folder, config, source)
+    return loaded, source, tokenizer or own
 
 
 def _ranks(

@@ -31,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
     with holding(run_dir, try_="run the stages that wrote its files again"):
         page = render(load_run(run_dir))
     target = run_dir / "report.html"
-    handle, name = tempfile.mkstemp(dir=run_dir, prefix=".report-", suffix=".html")
+    handle, name = tempfile.mkstemp(dir=run_dir, prefix=".report.html.partial-")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(page)

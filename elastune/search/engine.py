@@ -85,15 +85,8 @@ def search(
         BadArtifact: the journal is corrupt, of another space or of other objectives.
         ElastuneError: all trials failed.
     """
-    # The table of algorithms stands where they are imported.
-    from elastune.search import ALGORITHMS
-
     began = time.monotonic()
-    if algorithm not in ALGORITHMS:
-        raise BadRecipe(
-            f"unknown search algorithm {algorithm!r}{nearest(algorithm, ALGORITHMS)}; "
-            f"known are {', '.join(ALGORITHMS)}"
-        )
+    propose = _algorithm(algorithm)
     known = known or Known(values)
     for config in start:
         space.check(config)
@@ -103,16 +96,14 @@ def search(
 
     store = TrialStore(storage, values, study=study, limits=known.limits)
     try:
-        board = store.read()
-        if any(config not in space for config in (*board.dropped, *_configs(board))):
-            raise BadArtifact(f"the {store.name} is of another search space", try_=store.way_out)
+        _check_space(store, space)
         with at_work(store.beat if store.shared else None) as worker:
             found = _Searcher(
                 store=store,
                 worker=worker,
                 space=space,
                 objective=objective,
-                propose=ALGORITHMS[algorithm],
+                propose=propose,
                 total=min(trials, space.size),
                 seed=seed,
                 start=start,
@@ -128,8 +119,24 @@ def search(
     return result
 
 
-def _configs(board: Board) -> list[SubnetConfig]:
-    return [trial.config for trial in board.trials]
+def _algorithm(name: str) -> Propose:
+    # The table of algorithms stands where they are imported.
+    from elastune.search import ALGORITHMS
+
+    if name not in ALGORITHMS:
+        raise BadRecipe(
+            f"unknown search algorithm {name!r}{nearest(name, ALGORITHMS)}; "
+            f"known are {', '.join(ALGORITHMS)}"
+        )
+    return ALGORITHMS[name]
+
+
+def _check_space(store: TrialStore, space: SearchSpace) -> None:
+    """Refuse a store whose trials are of another space."""
+    board = store.read()
+    configs = (*board.dropped, *(trial.config for trial in board.trials))
+    if any(config not in space for config in configs):
+        raise BadArtifact(f"the {store.name} is of another search space", try_=store.way_out)
 
 
 @dataclass
