@@ -2,10 +2,11 @@
 
 SmolLM2-135M whose feed-forward widths and heads are elastic, sorted by Wanda, not trained, or the
 super-network of a run directory. Losses of every choice alone on some examples: measured one by one
-(hidden states used again), and estimated from a forward and a backward pass over the same ones.
+(hidden states used again), estimated from a forward and a backward pass over the same ones at the
+largest sub-network, and so at eight ever smaller ones ("descending").
 
 - pearson, spearman: of estimated and measured losses over all choices.
-- work_estimated, work_measured: in whole evaluations of these examples.
+- work_<how>: in whole evaluations of these examples.
 - cpu_estimated_over_measured: processor time.
 - <how>_<percent>: increase of the loss over the largest, on more examples, of the sub-network that
   a knapsack over the losses finds for a part of the blocks' MACs; "equal" takes losses in
@@ -19,7 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ import numpy as np
 from data_folder import add_data_option
 from rich.console import Console
 from rich.table import Table
-from search_front import COST, Subject, estimated, measured, of_run, untrained
+from search_front import COST, VALUES, Beginning, Subject, estimated, measured, of_run, untrained
 
 from elastune.allocate import Knapsack, Losses
 from elastune.errors import InvalidSpace
+from elastune.search import Known
 
 PARTS = (0.95, 0.9, 0.85, 0.8, 0.75)
 
@@ -40,20 +43,23 @@ def main() -> None:
     subject = of_run(args) if args.run else untrained(args)
     console = Console(width=110)
     subject.objective("cheap")(subject.net.space.largest())  # warms up
-    found: dict[str, Losses] = {}
+    found: dict[str, Beginning] = {}
     work: dict[str, float] = {}
     seconds: dict[str, float] = {}
-    ways: dict[str, Callable[[Subject, str], tuple[Losses, float]]]
-    ways = {"estimated": estimated, "measured": measured}
+    ways: dict[str, Callable[[Subject, str], Beginning]] = {
+        "estimated": partial(estimated, n_levels=1),
+        "descending": estimated,
+        "measured": measured,
+    }
     for name, make in ways.items():
         started = time.process_time()
-        found[name], evaluations = make(subject, "cheap")
+        found[name] = make(subject, "cheap")
         seconds[name] = time.process_time() - started
-        work[name] = evaluations * len(subject.examples) / subject.probes
-    figures: dict[str, Any] = _agreement(found["estimated"], found["measured"])
+        work[name] = found[name].work * len(subject.examples) / subject.probes
+    figures: dict[str, Any] = _agreement(found["estimated"].losses, found["measured"].losses)
     figures |= {f"work_{name}": value for name, value in work.items()}
     figures["cpu_estimated_over_measured"] = seconds["estimated"] / seconds["measured"]
-    figures |= _fronts(subject, found | {"equal": _proportional(subject)}, console)
+    figures |= _fronts(subject, found | {"equal": Beginning(_proportional(subject), 0.0)}, console)
     for name in ("pearson", "spearman", "cpu_estimated_over_measured"):
         console.print(f"{name}: {figures[name]:.3f}")
     console.print(", ".join(f"{name}: {value:.1f} evaluations" for name, value in work.items()))
@@ -104,7 +110,7 @@ def _proportional(subject: Subject) -> Losses:
     }
 
 
-def _fronts(subject: Subject, found: dict[str, Losses], console: Console) -> dict[str, float]:
+def _fronts(subject: Subject, found: Mapping[str, Beginning], console: Console) -> dict[str, float]:
     """Score what a knapsack over each of the losses finds for some budgets."""
     space, objective = subject.net.space, subject.objective("cheap")
     knapsack = Knapsack(space, lambda config: float(subject.costs(config)[COST]))
@@ -113,11 +119,13 @@ def _fronts(subject: Subject, found: dict[str, Losses], console: Console) -> dic
     for column in ("losses", *(f"{part:.0%}" for part in PARTS)):
         table.add_column(column, justify="left" if column == "losses" else "right")
     figures: dict[str, float] = {}
-    for name, losses in found.items():
+    for name, begin in found.items():
+        known = Known(VALUES, losses=begin.losses, deeper=begin.deeper)
         cells = []
         for part in PARTS:
             try:
-                config = knapsack.allocate(losses, part * knapsack.base_cost)
+                budget = part * knapsack.base_cost
+                config = knapsack.allocate(known.losses_for(budget) or begin.losses, budget)
             except InvalidSpace:
                 cells.append("too small")
                 continue

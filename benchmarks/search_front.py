@@ -10,7 +10,8 @@ asks for are counted, too. A front holds what was measured on all examples, neve
   a part of all of nsga2's; median over seeds, null where it never has. For the others by name.
 
 `milp` begins with single-choice losses that are measured one by one, `auto` with losses estimated
-from one backward pass over the same examples, counted as three evaluations of these.
+from a backward pass at the largest sub-network, and one at each of the answers on the way down,
+each counted as three evaluations of these examples.
 
 The super-network is that of a run directory, or else, for anyone, SmolLM2-135M whose feed-forward
 widths and heads are elastic, sorted by Wanda and not trained.
@@ -31,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import moocore
 import numpy as np
@@ -47,7 +48,7 @@ from elastune.build_structure import structure_space
 from elastune.calibration_text import calibration_texts
 from elastune.cost import CostModel
 from elastune.data import calibration_rows
-from elastune.estimate_losses import estimate_choice_losses
+from elastune.descend_losses import Level, descend
 from elastune.heads import HEADS
 from elastune.importance.structure import structure_scores
 from elastune.models import load_model
@@ -127,7 +128,7 @@ def main() -> None:
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
     subject.objective("cheap")(subject.net.space.largest())  # warms up
     kept = _Kept(args.out, _conditions(args))
-    losses: dict[tuple[str, str], tuple[Losses, float]] = {}
+    losses: dict[tuple[str, str], Beginning] = {}
     plain = subject.objective("plain")
     for seed in args.seeds:
         for search_name in args.searches:
@@ -210,18 +211,33 @@ def untrained(args: argparse.Namespace) -> Subject:
     return Subject(net, tokenizer, task, chosen, args.probes, lambda c: vars(count(c)))
 
 
-def estimated(subject: Subject, mode: str) -> tuple[Losses, float]:
-    """Return estimated single-choice losses, and the whole evaluations that they took."""
+class Beginning(NamedTuple):
+    """What a search is told beforehand, and the whole evaluations that it took."""
+
+    losses: Losses
+    work: float
+    deeper: tuple[Level, ...] = ()
+
+
+def estimated(subject: Subject, mode: str, n_levels: int = 8) -> Beginning:
+    """Estimate single-choice losses at ever smaller sub-networks."""
     head = HEADS[subject.task.head]
     length = getattr(subject.task, "max_length", 1024)
     items = head.encode(subject.examples[: subject.probes], subject.tokenizer, length)
-    losses = estimate_choice_losses(subject.net, [head.collate(items)], head)
+    levels = descend(
+        subject.net,
+        [head.collate(items)],
+        head,
+        lambda config: float(subject.costs(config)[COST]),
+        n_levels=n_levels,
+    )
     # A backward pass costs two forward passes.
-    return losses, 3 * len(items) / len(subject.examples)
+    passes = 3 * sum(level.cost for level in levels) / levels[0].cost
+    return Beginning(levels[0].losses, passes * len(items) / len(subject.examples), tuple(levels))
 
 
-def measured(subject: Subject, mode: str) -> tuple[Losses, float]:
-    """Return measured single-choice losses, and the whole evaluations that they took."""
+def measured(subject: Subject, mode: str) -> Beginning:
+    """Measure single-choice losses one by one."""
     objective = subject.objective(mode, subject.probes)
     largest = subject.net.space.largest()
     parts = SearchSpace([dim for dim in subject.net.space.dims if dim.kind != "rank"])
@@ -234,7 +250,8 @@ def measured(subject: Subject, mode: str) -> tuple[Losses, float]:
         return found.values["loss"]
 
     losses = single_choice_losses(loss, parts)
-    return losses, work * min(subject.probes, len(subject.examples)) / len(subject.examples)
+    share = min(subject.probes, len(subject.examples)) / len(subject.examples)
+    return Beginning(losses, work * share)
 
 
 def _search(
@@ -242,7 +259,7 @@ def _search(
     objective: Any,
     algorithm: str,
     seed: int,
-    losses: tuple[Losses, float] | None,
+    begin: Beginning | None,
     trials: int,
     told: Callable[[int, int, Trial], None],
 ) -> dict[str, Any]:
@@ -254,11 +271,16 @@ def _search(
         algorithm=algorithm,
         trials=trials,
         seed=seed,
-        known=Known(VALUES, subject.costs, losses[0] if losses else None),
+        known=Known(
+            VALUES,
+            subject.costs,
+            begin.losses if begin else None,
+            deeper=begin.deeper if begin else (),
+        ),
         progress=told,
     )
     rows = [[t.values["loss"], t.values[COST], t.equivalents, t.dropped] for t in found.trials]
-    return {"before": losses[1] if losses else 0.0, "trials": rows}
+    return {"before": begin.work if begin else 0.0, "trials": rows}
 
 
 def _tell(status: Status, key: str, done: int, total: int, _: Trial) -> None:

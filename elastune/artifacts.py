@@ -67,7 +67,6 @@ class RunDirectory:
         self.trials = self.search / "trials.json"
         self.journal = self.search / "study.journal"
         self.single_choices = self.search / "single_choices.jsonl"
-        self.estimated_losses = self.search / "estimated_losses.json"
         self.budgets = self.search / "budgets.json"
         self.targets = self.search / "targets.json"
         self.latency_table = self.search / "latency_table.json"
@@ -84,6 +83,10 @@ class RunDirectory:
         self._pending_recipe: Recipe | None = None
         self._sources: dict[str, str] | None = None
         self._sealed = SealedFiles(root)
+
+    def estimated_losses(self, cost: str) -> Path:
+        """Return where the estimated single-choice losses on the way down a cost are kept."""
+        return self.search / f"estimated_losses.{cost}.json"
 
     def teacher(self, key: str) -> Path:
         """Return where a teacher's outputs for the training examples are kept."""

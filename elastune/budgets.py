@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from elastune.allocate import allocate, single_choice_losses, uniform_config
+from elastune.allocate import CostOf, allocate, single_choice_losses, uniform_config
 from elastune.cost import CostModel, model_cost
+from elastune.descend_losses import Level, descend
 from elastune.errors import BadRecipe
-from elastune.estimate_losses import estimate_choice_losses
 from elastune.files import read_json, write_json
 from elastune.heads import HEADS
 from elastune.likelihood import batches_by_length
@@ -122,21 +122,37 @@ def single_choices(
         )
 
 
-def estimated_choices(run: Run, net: SuperNetwork, probes: int) -> dict[str, dict[int, float]]:
-    """Estimate what each choice of each dim costs by itself, in nats per target."""
-    path = run.dir.estimated_losses
-    inputs = run.inputs("single choices", "estimated", probes)
-    if not run.dir.is_done("estimated losses", inputs):
+def estimated_choices(
+    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf
+) -> list[Level]:
+    """Estimate what choices cost, in nats per target: alone, and below ever smaller sub-networks.
+
+    Args:
+        run: whose validation examples are read.
+        net: the super-network.
+        probes: so many of the examples.
+        cost: name of what ``cost_of`` counts.
+        cost_of: says which sub-networks are smaller.
+    """
+    path = run.dir.estimated_losses(cost)
+    inputs = run.inputs("single choices", "estimated", probes, cost)
+    if not run.dir.is_done(f"estimated losses, {cost}", inputs):
         task = run.task(run.recipe.task)
         head = HEADS[task.head]
         length = getattr(task, "max_length", MAX_TOKENS)
         items = head.encode(run.splits.validation[:probes], run.tokenizer, length)
         sizes = batches_by_length([head.length(item) for item in items], _BATCH_TOKENS)
-        batches = (head.collate([items[i] for i in batch]) for batch in sizes)
-        with run.dir.stage("estimated losses", inputs, path):
-            write_json(path, {"schema": 1, "losses": estimate_choice_losses(net, batches, head)})
-    found = read_json(path)["losses"]
-    return {name: {int(choice): of[choice] for choice in of} for name, of in found.items()}
+        batches = [head.collate([items[i] for i in batch]) for batch in sizes]
+        with (
+            run.dir.stage(f"estimated losses, {cost}", inputs, path),
+            run.reporter.bar("estimate losses", "sizes") as bar,
+        ):
+            levels = descend(net, batches, head, cost_of, progress=bar)
+            write_json(path, {"schema": 1, "cost": cost, "levels": [x._asdict() for x in levels]})
+    return [
+        Level(row["cost"], {n: {int(c): of[c] for c in of} for n, of in row["losses"].items()})
+        for row in read_json(path)["levels"]
+    ]
 
 
 def cost_model(run: Run, net: SuperNetwork) -> CostModel:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from elastune.importance.passes import Passes, gradients_of
 from elastune.importance.structure import block_ends
 from elastune.linears import is_transposed
 from elastune.models.blocks import Block
-from elastune.space import ElasticDim
+from elastune.space import ElasticDim, SubnetConfig
 from elastune.supernet import SuperNetwork
 
 ESTIMATED_KINDS = ("rank", "heads", "ffn", "depth", "density")
@@ -51,9 +52,10 @@ def estimate_choice_losses(
     batches: Iterable[Mapping[str, Any]],
     head: Head,
     *,
+    at: SubnetConfig | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Estimate the loss of every choice alone, all other dims at their largest.
+    """Estimate the loss of every choice alone, all other dims as in one sub-network.
 
     The super-network is not changed. Activations of a training step are alive, batch by batch; a
     batch costs a forward and a backward pass, about three evaluations of it.
@@ -62,22 +64,24 @@ def estimate_choice_losses(
         net: with trained or untrained weights.
         batches: as ``head.collate`` makes them of items of validation examples.
         head: makes their loss.
+        at: the sub-network that choices are changed in, downwards alone; the largest by default.
         progress: called with the number of batches done.
 
     Returns:
-        Dim -> choice -> estimated increase of the mean loss per target over the largest
-        sub-network, 0 for the largest choice. Dims of kinds that are not in `ESTIMATED_KINDS` are
-        left out.
+        Dim -> choice -> estimated increase of the mean loss per target over that sub-network, for
+        its choice, which has 0, and those below. Dims of kinds that are not in `ESTIMATED_KINDS`
+        are left out, and so are those inside parts that ``at`` leaves out.
 
     Raises:
         BadData: there are no batches, or the loss does not depend on a dim's modules.
     """
-    dims = [dim for dim in net.space.dims if dim.kind in ESTIMATED_KINDS]
+    is_largest = at is None or at == net.space.largest()
+    at = net.space.largest() if at is None else at
+    dims = [_from(at[dim.name], dim) for dim in net.space.dims if dim.kind in ESTIMATED_KINDS]
     sums = {dim.name: torch.zeros(len(dim.choices), dtype=torch.float64) for dim in dims}
     n_targets = 0
     passes = Passes(net.model, batches, head, 0, progress)
-    largest = net.space.largest()
-    with net.active(largest), gradients_of(net.model, ()), torch.enable_grad():
+    with net.active(at), gradients_of(net.model, ()), torch.enable_grad():
         for batch in passes:
             watch = _Watch(batch)
             with watch.embeddings_followed(net.model), ExitStack() as stack:
@@ -87,6 +91,7 @@ def estimate_choice_losses(
                 loss, targets = passes.loss(batch)
                 loss.backward()
             n_targets += targets
+            dims = [dim for dim in dims if is_largest or watch.saw(dim.name)]
             for dim in dims:
                 sums[dim.name] += watch.change_of(dim.name)
     return {
@@ -96,6 +101,11 @@ def estimate_choice_losses(
         }
         for dim in dims
     }
+
+
+def _from(choice: int, dim: ElasticDim) -> ElasticDim:
+    """Return the dim with the choices from ``choice`` down."""
+    return replace(dim, choices=dim.choices[dim.choices.index(choice) :])
 
 
 class _Watch:
@@ -109,6 +119,10 @@ class _Watch:
         """Add slopes ``(B, T, choices)`` of one of a dim's modules."""
         slopes = slopes.float()
         self._found[dim] = self._found[dim] + slopes if dim in self._found else slopes
+
+    def saw(self, dim: str) -> bool:
+        """Tell whether any of a dim's modules ran."""
+        return dim in self._found
 
     def change_of(self, dim: str) -> Tensor:
         """Return the estimated change of the batch's loss, float64 ``(choices,)``."""
@@ -173,7 +187,7 @@ def _watch_units(block: Block, dim: ElasticDim, watch: _Watch) -> Any:
     module, table = next((m, t) for n, m, t in block_ends(block) if n == name)
     per_unit = block.heads_per_unit if dim.kind == "heads" else 1
     kept = torch.tensor([choice // per_unit for choice in dim.choices])
-    table = table[: kept[0]]  # the largest sub-network may be less than the model
+    table = table[: kept[0]]  # of a sub-network that may be less than the model
 
     def watched(_: nn.Module, args: tuple[Any, ...]) -> None:
         x = watch.tokens(args[0])

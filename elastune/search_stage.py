@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from elastune.allocate import Losses
 from elastune.budgets import budgeted, estimated_choices, single_choices
 from elastune.files import read_json, write_json
 from elastune.inputs import stage_inputs
@@ -79,6 +80,7 @@ class SearchWork:
             values=self.values,
             costs=self.costs,
             losses=self._losses,
+            deeper=self._deeper,
             budgets=tuple(part * full[self.cfg.cost] for part in parts),
             limits=self.bounds,
             population=self.cfg.population,
@@ -247,15 +249,31 @@ class SearchWork:
         )
 
     @cached_property
-    def _losses(self) -> dict[str, dict[int, float]] | None:
+    def _losses(self) -> Losses | None:
         recipe, source = self.run.recipe, self.cfg.losses_from
-        probes = recipe.structure.probes if recipe.structure else _PROBES
         if source == "estimated":
-            return estimated_choices(self.run, self.net, probes)
+            return self._deeper[0][1]
         if source == "nothing" or not recipe.cuts_base:
             return None
         parts = SearchSpace([dim for dim in self.net.space.dims if dim.kind != "rank"])
-        return single_choices(self.run, self.net, parts, probes)
+        return single_choices(self.run, self.net, parts, self._probes)
+
+    @cached_property
+    def _deeper(self) -> tuple[tuple[float, Losses], ...]:
+        """Estimated losses, for smaller and smaller budgets; none where losses are measured."""
+        if self.cfg.losses_from != "estimated":
+            return ()
+        cost = self.cfg.cost
+
+        def cost_of(config: SubnetConfig) -> float:
+            return float(self.costs(config)[cost])
+
+        return tuple(estimated_choices(self.run, self.net, self._probes, cost, cost_of))
+
+    @property
+    def _probes(self) -> int:
+        structure = self.run.recipe.structure
+        return structure.probes if structure else _PROBES
 
 
 class _Remembering:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import encoded, fill_adapters, tiny_variant
 
+from elastune.block_choices import EffectiveChoices
 from elastune.build_space import lora_space
 from elastune.build_sparsity import sparsity_levels, sparsity_space
 from elastune.build_structure import structure_space
@@ -37,21 +39,28 @@ def elastic(name: str, head: str = "causal-lm") -> SuperNetwork:
 
 
 def slopes_on_the_way(
-    net: SuperNetwork, dims: list[ElasticDim], choice: int, batch: dict[str, Any], head: Any
+    net: SuperNetwork,
+    dims: list[ElasticDim],
+    choice: int,
+    batch: dict[str, Any],
+    head: Any,
+    at: SubnetConfig | None = None,
 ) -> torch.Tensor:
     """Return dL/dg at g = 0, token by token; outputs of a dim's modules are (1 - g) whole + g cut.
 
-    Of several dims the gate is the same.
+    Of several dims the gate is the same. Cut from ``at``, by default the largest sub-network.
     """
+    at = at or net.space.largest()
     gate = torch.zeros(batch["input_ids"].numel(), requires_grad=True)
 
     def mixing(dim: ElasticDim) -> Any:
-        single = SubnetConfig({**net.space.largest(), dims[0].name: choice})
+        single = SubnetConfig({**at, dims[0].name: choice})
 
         def mixed(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
             y = output[0] if isinstance(output, tuple) else output
+            there = getattr(module, "columns", None)
             with torch.no_grad(), net.active(single):
-                x = args[0]
+                x = scattered(args[0], there)
                 columns = getattr(module, "columns", None)
                 if columns:
                     x = torch.cat([x[..., start:stop] for start, stop in columns], dim=-1)
@@ -63,6 +72,7 @@ def slopes_on_the_way(
         return mixed
 
     with ExitStack() as stack:
+        stack.enter_context(net.active(at))
         for dim in dims:
             for module in _concerned(net, dim):
                 hook = module.register_forward_hook(mixing(dim), with_kwargs=True)
@@ -71,6 +81,16 @@ def slopes_on_the_way(
             head.loss(net.model, batch).backward()
     assert gate.grad is not None
     return gate.grad
+
+
+def scattered(x: torch.Tensor, columns: Any) -> torch.Tensor:
+    """Return features at the places that they have in the whole input, zeros elsewhere."""
+    if not columns:
+        return x
+    places = torch.cat([torch.arange(start, stop) for start, stop in columns])
+    whole = x.new_zeros(*x.shape[:-1], 4096)
+    whole[..., places] = x
+    return whole
 
 
 def _concerned(net: SuperNetwork, dim: ElasticDim) -> list[Any]:
@@ -102,6 +122,41 @@ def test_estimates_are_slopes_towards_each_choice_and_half_their_squares(name: s
             expected = sum(changes) / n_targets
             assert found[dim.name][choice] == pytest.approx(expected, rel=2e-3, abs=1e-6)
     assert {dim.kind for dim in net.space.dims} == set(ESTIMATED_KINDS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "bloom", "falcon-alibi", "opt"])
+def test_at_a_sub_network_they_are_slopes_from_there_down(name: str) -> None:
+    net = elastic(name)
+    items = encoded(9, 14, 6, n_prompt=2)
+    n_targets = sum(len(item.input_ids) - item.n_prompt for item in items)
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(3):
+        at = net.space.sample(rng)
+        found = estimate_choice_losses(net, [CAUSAL.collate(items)], CAUSAL, at=at)
+        net.model.requires_grad_(False)
+        gone = [d for d in net.space.dims if is_gone(net, d, at)]
+        assert set(found) == {dim.name for dim in net.space.dims} - {dim.name for dim in gone}
+        for dim in net.space.dims:
+            if dim in gone:
+                continue
+            assert list(found[dim.name]) == [c for c in dim.choices if c <= at[dim.name]]
+            for choice in found[dim.name]:
+                changes = [
+                    change(slopes_on_the_way(net, [dim], choice, CAUSAL.collate([i]), CAUSAL, at))
+                    for i in items
+                ]
+                expected = sum(changes) / n_targets
+                assert found[dim.name][choice] == pytest.approx(expected, rel=2e-3, abs=1e-6)
+                seen += choice != at[dim.name]
+    assert seen >= 10
+
+
+def is_gone(net: SuperNetwork, dim: ElasticDim, at: SubnetConfig) -> bool:
+    """Tell whether a dim is of parts that a sub-network leaves out."""
+    effective = EffectiveChoices(net)
+    lower = [SubnetConfig({**at, dim.name: choice}) for choice in dim.choices]
+    return len({effective(config) for config in lower}) == 1
 
 
 def test_padded_rows_give_what_single_rows_give() -> None:

@@ -101,16 +101,22 @@ def finished(folder: Path) -> int:
 # --- what a search begins with --------------------------------------------------------------------
 
 
+ESTIMATED = "estimated_losses.params.json"
+
+
 def test_losses_are_estimated_once_for_all_dims_or_measured_for_those_of_the_structure(
     run: Path, copy: Path
 ) -> None:
     space = SearchSpace.from_dict(read_json(run / "space.json"))
-    estimated = read_json(run / "search" / "estimated_losses.json")["losses"]
-    assert set(estimated) == {dim.name for dim in space.dims}
+    levels = read_json(run / "search" / ESTIMATED)["levels"]
+    assert all(set(level["losses"]) == {dim.name for dim in space.dims} for level in levels)
+    costs = [level["cost"] for level in levels]
+    assert len(costs) > 2
+    assert costs == sorted(costs, reverse=True)
     assert not (run / "search" / "single_choices.jsonl").exists()
-    kept = (copy / "search" / "estimated_losses.json").stat().st_mtime_ns
+    kept = (copy / "search" / ESTIMATED).stat().st_mtime_ns
     cli("search", copy, "--trials", TRIALS + 1)
-    assert (copy / "search" / "estimated_losses.json").stat().st_mtime_ns == kept
+    assert (copy / "search" / ESTIMATED).stat().st_mtime_ns == kept
     cli("search", copy, "--set", "search.losses=measured", "--update")
     lines = (copy / "search" / "single_choices.jsonl").read_text().splitlines()[1:]
     structure = {dim.name for dim in space.dims if dim.kind != "rank"}

@@ -50,7 +50,8 @@ def propose(
     if known.losses is not None and usable:
         answers = milp.answers_of(space, trials, known)
         for budget in milp.seed_budgets(answers, space, known):
-            config = answers.at(known.losses, budget)
+            losses = known.losses_for(budget) or known.losses
+            config = answers.at(losses, budget)
             if config is not None and config not in tried:
                 return config
     elif len(usable) < _WARM:

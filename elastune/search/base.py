@@ -94,6 +94,8 @@ class Known:
         values: names of the objectives, quality first.
         costs: counts what a configuration costs without evaluating it; holds the cost objectives.
         losses: single-choice losses (`elastune.allocate.single_choice_losses`).
+        deeper: (second value, losses that hold below it), from the largest down
+            (`elastune.descend_losses`).
         budgets: bounds on the second value that sub-networks are wanted for.
         limits: name of a value -> the least and the most that it may be.
         population: trials of a generation, for evolutionary algorithms.
@@ -104,10 +106,16 @@ class Known:
     values: tuple[str, ...]
     costs: Objective | None = None
     losses: Losses | None = None
+    deeper: tuple[tuple[float, Losses], ...] = ()
     budgets: tuple[float, ...] = ()
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     population: int = 40
     reference_points: tuple[tuple[float, ...], ...] = ()
+
+    def losses_for(self, budget: float) -> Losses | None:
+        """Return the losses to solve a budget with: those estimated nearest above it."""
+        above = [losses for cost, losses in self.deeper if cost >= budget]
+        return above[-1] if above else self.losses
 
 
 Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator, Known], SubnetConfig | None]

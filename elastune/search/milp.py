@@ -50,7 +50,8 @@ def propose(
     if losses is None:
         return hill_climb.propose(space, history, rng, known)
     answers = answers_of(space, trials, known)
-    found = (answers.at(losses, budget) for budget in _budgets(answers, losses, trials, known))
+    budgets = _budgets(answers, losses, trials, known)
+    found = (answers.at(known.losses_for(budget) or losses, budget) for budget in budgets)
     config = next((c for c in found if c is not None and c not in tried), None)
     return config or hill_climb.propose(space, history, rng, known)
 
@@ -183,7 +184,7 @@ def _budgets(
         middle = (a + b) / 2
         yield middle
         # Asked again, so the answer was tried: nothing better lies between its cost and the middle.
-        answer = answers.at(losses, middle)
+        answer = answers.at(known.losses_for(middle) or losses, middle)
         reached = a if answer is None else max(a, min(middle, answers.knapsack.cost_of(answer)))
         for start, end in ((a, reached), (middle, b)):
             if end > start:
