@@ -88,10 +88,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), help="some of the variants")
     parser.add_argument("--out", type=Path, default=Path("runs/eftnas"))
     parser.add_argument("--set", action="append", default=[], help="override of the recipe")
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="two variants, hardly trained")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.set, args.out = args.seeds[:1], [*args.set, *QUICK], args.out / "quick"
+        args.only = args.only or ["equal widths, natural order", "generated, fisher"]
     return args
 
 

@@ -67,11 +67,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--questions", type=int, default=40, help="of each task")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="4 prompts, 4 questions, 1 round")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, 3 questions, 1 round")
     args = parser.parse_args()
     if args.quick:
-        args.prompts, args.batch_size, args.max_new_tokens = 4, 4, 32
-        args.questions, args.rounds = 4, 1
+        args.prompts, args.batch_size, args.max_new_tokens = 2, 2, 24
+        args.questions, args.rounds = 3, 1
     return args
 
 

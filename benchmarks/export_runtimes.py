@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from elastune.build_structure import structure_space
+from elastune.drop_blocks import drop_blocks_
 from elastune.export.fresh_run import RUNTIMES
 from elastune.export.runtimes import export_graph
 from elastune.models import load_model
@@ -78,13 +79,17 @@ def torch_step(model: Any) -> Any:
 def main() -> None:
     """Print one line for each model and runtime."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="a short prompt, float32, cut model")
+    parser.add_argument(
+        "--quick", action="store_true", help="a short prompt, float32, 8 blocks of the cut model"
+    )
     parser.add_argument("--models", nargs="+", default=None)
     parser.add_argument("--formats", nargs="+", default=["/".join(e) for e in EXPORTS])
     options = parser.parse_args()
     options.models = options.models or (["uneven"] if options.quick else ["whole", "uneven"])
     n_prompt, n_new = (32, 8) if options.quick else (128, 32)
     model, tokenizer = load_model("smollm2-135m")
+    if options.quick:
+        drop_blocks_(model, range(8, model.config.num_hidden_layers))
     print(f"threads {os.environ.get('OMP_NUM_THREADS', 'all')}, prompt {n_prompt}, new {n_new}")
     print("model  | runtime          | MB   | export s | rel. error | same text | prefill | decode")
     figures: dict[str, float] = {}

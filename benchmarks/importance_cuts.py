@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     args.calibration = args.calibration or (512 if args.task else 24)
     args.scored = args.scored or (1000 if args.task else 12)
     if args.quick:
-        args.parts, args.rounds, args.calibration, args.scored = args.parts[1:3], 3, 4, 2
+        args.parts, args.rounds, args.calibration, args.scored = args.parts[1:2], 2, 2, 1
         args.methods = ["wanda", "fisher", "fisher in rounds"]
     return args
 

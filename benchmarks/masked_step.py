@@ -97,8 +97,9 @@ def main() -> None:
     args = _arguments()
     console = Console()
     model, tokenizer = load_model(args.model)
+    n_rows, length = (4, 128) if args.quick else (32, 512)
     rows = calibration_rows(
-        calibration_texts("c4", args.data), tokenizer, n_sequences=32, length=512, seed=0
+        calibration_texts("c4", args.data), tokenizer, n_sequences=n_rows, length=length, seed=0
     )
     sparsify_(model, "wanda", Sparsity.parse(0.5, None), rows)
     base = {"sparse": {n: t.clone() for n, t in model.state_dict().items()}}

@@ -110,10 +110,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shortest", action="store_true", help="the shortest of the examples")
-    parser.add_argument("--quick", action="store_true", help="8 trials, 16 short examples")
+    parser.add_argument("--quick", action="store_true", help="6 trials, 8 short examples")
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.examples, args.train_steps, args.shortest = 8, 16, 0, True
+        args.trials, args.examples, args.train_steps, args.shortest = 6, 8, 0, True
     return args
 
 

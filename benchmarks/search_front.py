@@ -175,11 +175,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
     parser.add_argument("--out", type=Path)
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, 12 trials, 16 examples, two searches"
+        "--quick", action="store_true", help="one seed, 12 trials, 8 examples, two searches"
     )
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.examples, args.seeds, args.probes = 12, 16, [0], 4
+        args.trials, args.examples, args.seeds, args.probes = 12, 8, [0], 1
         args.searches = ["nsga2/plain", "auto/cheap"]
     return args
 
@@ -202,7 +202,8 @@ def untrained(args: argparse.Namespace) -> Subject:
     texts = calibration_texts("c4", args.data)
     rows = calibration_rows(texts, tokenizer, n_sequences=8, length=128, seed=0)
     reorder_(model, structure_scores(model, rows, method="wanda"))
-    sizes = {"ffn": [1.0, 0.9, 0.8, 0.7], "heads": [1.0, 0.67]}
+    widths = [1.0, 0.7] if args.quick else [1.0, 0.9, 0.8, 0.7]
+    sizes = {"ffn": widths, "heads": [1.0, 0.67]}
     net = SuperNetwork(model, structure_space(model, **sizes, round_to=32))
     task = get_task("math_instruct", data_dir=args.data, tokenizer=tokenizer)
     examples = sorted(task.train_examples(), key=lambda e: len(e.prompt + e.completion))
