@@ -24,7 +24,8 @@ from rich.table import Table
 
 import elastune as et
 from elastune.artifacts import RunDirectory
-from elastune.choose import allocate_budgets, chosen
+from elastune.budgets import allocate_budgets
+from elastune.choose import chosen
 from elastune.config import load_recipe
 from elastune.console import ConsoleReporter
 from elastune.data import encode_all
@@ -47,12 +48,12 @@ REFERENCE = "dense+lora"
 QUICK = [
     "train.max_steps=2",
     "train.batch_size=4",
-    "data.n_validation=4",
+    "data.n_validation=2",
     "structure.probes=2",
     "structure.ffn=[1.0, 0.5]",
     "structure.budgets=[0.75]",
     "structure.calibration={source: c4, n_sequences: 4, length: 128}",
-    "evaluate.tasks=[{name: wikitext2, limit: 2}]",
+    "evaluate.tasks=[{name: wikitext2, limit: 1}]",
 ]
 
 

@@ -82,7 +82,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--high", type=float, default=1.0, choices=PARTS)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
-    args.steps = 4 if args.quick else args.steps
+    args.steps = 2 if args.quick else args.steps
     return args
 
 

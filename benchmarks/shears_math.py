@@ -39,10 +39,10 @@ QUICK = [
     "train.max_steps=2",
     "train.batch_size=2",
     "search.trials=3",
-    "data.n_validation=4",
+    "data.n_validation=2",
     "sparsify.calibration.n_sequences=4",
     "sparsify.calibration.length=128",
-    "evaluate.tasks=[{name: mawps, limit: 4, options: {max_new_tokens: 16}}]",
+    "evaluate.tasks=[{name: mawps, limit: 2, options: {max_new_tokens: 8}}]",
 ]
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     for seed in seeds:
         run = _run(args, seed, console)
         runs.append(run)
-        losses[seed] = _gold_losses(run, 4 if args.quick else args.loss_examples)
+        losses[seed] = _gold_losses(run, 2 if args.quick else args.loss_examples)
     console.print(f"\nseed {seeds[0]}, all systems\n")
     console.print(markdown_table(runs[0].dir.metrics()), markup=False, soft_wrap=True)
     table = Table(title="accuracy, mean over the tasks all seeds share; GSM8K gold loss")

@@ -114,10 +114,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--pieces", type=int, default=60, help="pieces of test text, ~500 tokens each"
     )
-    parser.add_argument("--quick", action="store_true", help="8 x 128 tokens, 2 pieces")
+    parser.add_argument("--quick", action="store_true", help="8 x 128 tokens, 1 piece")
     args = parser.parse_args()
     if args.quick:
-        args.sequences, args.length, args.pieces = 8, 128, 2
+        args.sequences, args.length, args.pieces = 8, 128, 1
     return args
 
 

@@ -123,7 +123,7 @@ def single_choices(
 
 
 def estimated_choices(
-    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf
+    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf, n_levels: int = 8
 ) -> list[Level]:
     """Estimate what choices cost, in nats per target: alone, and below ever smaller sub-networks.
 
@@ -133,9 +133,10 @@ def estimated_choices(
         probes: so many of the examples.
         cost: name of what ``cost_of`` counts.
         cost_of: says which sub-networks are smaller.
+        n_levels: so many sizes at most.
     """
     path = run.dir.estimated_losses(cost)
-    inputs = run.inputs("single choices", "estimated", probes, cost)
+    inputs = run.inputs("single choices", "estimated", probes, cost, n_levels)
     if not run.dir.is_done(f"estimated losses, {cost}", inputs):
         task = run.task(run.recipe.task)
         head = HEADS[task.head]
@@ -147,7 +148,7 @@ def estimated_choices(
             run.dir.stage(f"estimated losses, {cost}", inputs, path),
             run.reporter.bar("estimate losses", "sizes") as bar,
         ):
-            levels = descend(net, batches, head, cost_of, progress=bar)
+            levels = descend(net, batches, head, cost_of, n_levels=n_levels, progress=bar)
             write_json(path, {"schema": 1, "cost": cost, "levels": [x._asdict() for x in levels]})
     return [
         Level(row["cost"], {n: {int(c): of[c] for c in of} for n, of in row["losses"].items()})

@@ -57,9 +57,9 @@ def descend(
     knapsack = Knapsack(net.space, cost_of)
     dearest, cheapest = knapsack.base_cost, float(cost_of(net.space.smallest()))
     levels = [Level(dearest, estimate_choice_losses(net, batches, head))]
+    tell = progress or (lambda done, total: None)
     for done, budget in enumerate(np.linspace(dearest, cheapest, n_levels + 2)[1:-2], start=1):
-        if progress is not None:
-            progress(done, n_levels)
+        tell(done, n_levels)
         if budget >= levels[-1].cost:  # what left out a block went further than it was asked to
             continue
         try:
@@ -70,6 +70,7 @@ def descend(
         if cost < levels[-1].cost:
             further = estimate_choice_losses(net, batches, head, at=at)
             levels.append(Level(cost, _joined(levels[-1].losses, further, at)))
+    tell(n_levels, n_levels)
     return levels
 
 

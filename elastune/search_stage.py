@@ -28,12 +28,15 @@ from elastune.search.limits import (
     resolve,
     violation,
 )
+from elastune.search.milp import EVENLY
 from elastune.search.stored import check_storage, stored_trials
 from elastune.search_costs import full_costs, search_costs
 from elastune.search_limits import COSTS, QUALITIES, check_limits, quality_of
 from elastune.search_workers import other_workers
 from elastune.space import SearchSpace, SubnetConfig
 
+_NAMED = 3
+"""Trials that every search begins with, losses or not: heuristic, largest and smallest."""
 _PROBES = 16  # examples of single choices where no section structure says how many
 _DRAWS = 2000
 
@@ -268,7 +271,9 @@ class SearchWork:
         def cost_of(config: SubnetConfig) -> float:
             return float(self.costs(config)[cost])
 
-        return tuple(estimated_choices(self.run, self.net, self._probes, cost, cost_of))
+        n_levels = EVENLY if self.cfg.trials > _NAMED else 1
+        levels = estimated_choices(self.run, self.net, self._probes, cost, cost_of, n_levels)
+        return tuple(levels)
 
     @property
     def _probes(self) -> int:
