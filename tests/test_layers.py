@@ -49,7 +49,7 @@ LAYERS: list[set[str]] = [
     | {"prefix_reuse"},
     {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"}
     | {"estimate_losses"},
-    {"quantise", "stream", "merge_report"},
+    {"quantise", "stream", "merge_report", "descend_losses"},
     {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"} | {"doctor"},
     {"threshold", "train_step", "trainer_arguments"},
     {"generate_space", "train", "rank_in_rounds"},
