@@ -73,9 +73,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--probes", type=int, default=16, help="examples of single choices")
     parser.add_argument("--examples", type=int, default=48, help="what sub-networks are scored on")
     parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
-    parser.add_argument(
-        "--quick", action="store_true", help="2 examples of single choices, 8 in all"
-    )
+    parser.add_argument("--quick", action="store_true", help="widths alone, 2 examples, 8 in all")
     args = parser.parse_args()
     if args.quick:
         args.probes, args.examples = 2, 8

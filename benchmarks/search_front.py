@@ -175,7 +175,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
     parser.add_argument("--out", type=Path)
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, 12 trials, 8 examples, two searches"
+        "--quick", action="store_true", help="widths alone, 12 trials, 8 examples, two searches"
     )
     args = parser.parse_args()
     if args.quick:
@@ -202,8 +202,9 @@ def untrained(args: argparse.Namespace) -> Subject:
     texts = calibration_texts("c4", args.data)
     rows = calibration_rows(texts, tokenizer, n_sequences=8, length=128, seed=0)
     reorder_(model, structure_scores(model, rows, method="wanda"))
-    widths = [1.0, 0.7] if args.quick else [1.0, 0.9, 0.8, 0.7]
-    sizes = {"ffn": widths, "heads": [1.0, 0.67]}
+    sizes: dict[str, Any] = {"ffn": [1.0, 0.9, 0.8, 0.7], "heads": [1.0, 0.67]}
+    if args.quick:
+        sizes = {"ffn": [1.0, 0.7]}
     net = SuperNetwork(model, structure_space(model, **sizes, round_to=32))
     task = get_task("math_instruct", data_dir=args.data, tokenizer=tokenizer)
     examples = sorted(task.train_examples(), key=lambda e: len(e.prompt + e.completion))
