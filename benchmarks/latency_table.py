@@ -83,10 +83,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=16, help="sub-networks to compare with")
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall")
     parser.add_argument("--save", type=Path, help="keep the table in this file")
-    parser.add_argument("--quick", action="store_true", help="64 tokens, 3 rounds, 8 sub-networks")
+    parser.add_argument("--quick", action="store_true", help="64 tokens, 3 rounds, 4 sub-networks")
     args = parser.parse_args()
     if args.quick:
-        args.tokens, args.new_tokens, args.repeats, args.n = 64, 6, 3, 8
+        args.tokens, args.new_tokens, args.repeats, args.n = 64, 6, 3, 4
     return args
 
 

@@ -39,6 +39,7 @@ QUICK = [
     "train.max_steps=2",
     "train.batch_size=2",
     "search.trials=3",
+    "search.random=0",
     "data.n_validation=2",
     "sparsify.calibration.n_sequences=4",
     "sparsify.calibration.length=128",

@@ -185,10 +185,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--scratch", help="folder for what is written; by default the system's")
-    parser.add_argument("--quick", action="store_true", help="8 x 128 tokens, 2 blocks, once")
+    parser.add_argument("--quick", action="store_true", help="4 x 128 tokens, 2 blocks, once")
     args = parser.parse_args()
     if args.quick:
-        args.sequences, args.length, args.repeats = 8, 128, 1
+        args.sequences, args.length, args.repeats = 4, 128, 1
         args.blocks, args.width = 2, 256
     return args
 

@@ -339,7 +339,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.parts, args.choices, args.left_out, args.draws = PARTS, SELECTION, (3, 6), 2
     if args.quick:
-        args.calibration, args.selection, args.pieces, args.window = 8, 1, 2, 128
+        args.calibration, args.selection, args.pieces, args.window = 4, 1, 1, 128
         args.tokens = 64
         args.parts, args.choices, args.left_out, args.draws = (0.8,), (0.7,), (3,), 1
     return args
