@@ -39,6 +39,7 @@ class History(Sequence[Trial]):
 
     def __init__(self, trials: Sequence[Trial] = ()) -> None:
         self._trials = tuple(trials)
+        self._has_grown = False
         self._places: dict[SubnetConfig, int] = {}
         for place, trial in enumerate(self._trials):
             self._places.setdefault(trial.config, place)
@@ -52,9 +53,10 @@ class History(Sequence[Trial]):
         """Return a history of ``trials``, of which these are the first, or else a new one."""
         n = len(self)
         same = len(trials) >= n and all(map(operator.is_, self._trials, trials))
-        # Another history may have gone on from here already, in another way.
-        if not same or len(self._places) > n:
+        # The index is handed on once: another history may have gone on from here in another way.
+        if not same or self._has_grown:
             return History(trials)
+        self._has_grown = True
         new = trials[n:]
         found = History()
         found._trials = (*self._trials, *new)
