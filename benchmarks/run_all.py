@@ -239,7 +239,9 @@ SCRIPTS = (
     ),
     Script("structure_cuts", ()),
     Script("importance_cuts", ()),
-    Script("projected_cost", (Figure("hours_train_7b", "7B on one GPU: training, projected, hours"),)),
+    Script(
+        "projected_cost", (Figure("hours_train_7b", "7B on one GPU: training, projected, hours"),)
+    ),
     Script("shears_math", ()),
     Script("lonas", ()),
     Script("eftnas", ()),
