@@ -36,7 +36,7 @@ format: .venv  ## apply formatting and safe lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: .venv  ## every benchmark at a small size, one table (under 15 minutes on two cores)
+bench: .venv  ## the benchmarks at a small size, one table (under 15 minutes on two cores)
 	$(BIN)/python benchmarks/run_all.py
 
 docs: .venv  ## the documentation site, in build/site; a broken link is an error
