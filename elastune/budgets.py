@@ -123,7 +123,7 @@ def single_choices(
 
 
 def estimated_choices(
-    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf, n_levels: int = 8
+    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf, n_levels: int
 ) -> list[Level]:
     """Estimate what choices cost, in nats per target: alone, and below ever smaller sub-networks.
 
