@@ -2,10 +2,10 @@
 
 SmolLM2-135M whose feed-forward widths and heads are elastic, sorted by Wanda, not trained, or the
 super-network of a run directory. Losses of every choice alone on some examples: measured one by one
-(hidden states used again), estimated from a forward and a backward pass over the same ones at the
-largest sub-network, and so at eight ever smaller ones ("descending").
+(hidden states used again), estimated from a forward and a backward pass over the same ones, each in
+another sub-network ("estimated") or all in the largest one ("largest").
 
-- pearson, spearman: of estimated and measured losses over all choices.
+- pearson, spearman: of losses estimated in the largest and measured ones, over all choices.
 - work_<how>: in whole evaluations of these examples.
 - cpu_estimated_over_measured: processor time.
 - <how>_<percent>: increase of the loss over the largest, on more examples, of the sub-network that
@@ -29,11 +29,10 @@ import numpy as np
 from data_folder import add_data_option
 from rich.console import Console
 from rich.table import Table
-from search_front import COST, VALUES, Beginning, Subject, estimated, measured, of_run, untrained
+from search_front import COST, Beginning, Subject, estimated, measured, of_run, untrained
 
 from elastune.allocate import Knapsack, Losses
 from elastune.errors import InvalidSpace
-from elastune.search import Known
 
 PARTS = (0.95, 0.9, 0.85, 0.8, 0.75)
 
@@ -42,13 +41,13 @@ def main() -> None:
     args = _arguments()
     subject = of_run(args) if args.run else untrained(args)
     console = Console(width=110)
-    subject.objective("cheap")(subject.net.space.largest())  # warms up
+    subject.cheap()(subject.net.space.largest())  # warms up
     found: dict[str, Beginning] = {}
     work: dict[str, float] = {}
     seconds: dict[str, float] = {}
     ways: dict[str, Callable[[Subject, str], Beginning]] = {
-        "estimated": partial(estimated, n_levels=1),
-        "descending": estimated,
+        "estimated": estimated,
+        "largest": partial(estimated, everywhere=False),
         "measured": measured,
     }
     for name, make in ways.items():
@@ -56,7 +55,7 @@ def main() -> None:
         found[name] = make(subject, "cheap")
         seconds[name] = time.process_time() - started
         work[name] = found[name].work * len(subject.examples) / subject.probes
-    figures: dict[str, Any] = _agreement(found["estimated"].losses, found["measured"].losses)
+    figures: dict[str, Any] = _agreement(found["largest"].losses, found["measured"].losses)
     figures |= {f"work_{name}": value for name, value in work.items()}
     figures["cpu_estimated_over_measured"] = seconds["estimated"] / seconds["measured"]
     figures |= _fronts(subject, found | {"equal": Beginning(_proportional(subject), 0.0)}, console)
@@ -73,10 +72,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--probes", type=int, default=16, help="examples of single choices")
     parser.add_argument("--examples", type=int, default=48, help="what sub-networks are scored on")
     parser.add_argument("--shortest", action="store_true", help="the shortest of a run's examples")
-    parser.add_argument("--quick", action="store_true", help="widths alone, 2 examples, 8 in all")
+    parser.add_argument("--quick", action="store_true", help="widths alone, 4 examples, 8 in all")
     args = parser.parse_args()
     if args.quick:
-        args.probes, args.examples = 2, 8
+        args.probes, args.examples = 4, 8
     return args
 
 
@@ -110,7 +109,7 @@ def _proportional(subject: Subject) -> Losses:
 
 def _fronts(subject: Subject, found: Mapping[str, Beginning], console: Console) -> dict[str, float]:
     """Score what a knapsack over each of the losses finds for some budgets."""
-    space, objective = subject.net.space, subject.objective("cheap")
+    space, objective = subject.net.space, subject.cheap()
     knapsack = Knapsack(space, lambda config: float(subject.costs(config)[COST]))
     base = objective(space.largest())["loss"]
     table = Table(title=f"loss beyond the largest's ({base:.4f}), by part of the blocks' MACs")
@@ -118,12 +117,11 @@ def _fronts(subject: Subject, found: Mapping[str, Beginning], console: Console) 
         table.add_column(column, justify="left" if column == "losses" else "right")
     figures: dict[str, float] = {}
     for name, begin in found.items():
-        known = Known(VALUES, losses=begin.losses, deeper=begin.deeper)
         cells = []
         for part in PARTS:
             try:
                 budget = part * knapsack.base_cost
-                config = knapsack.allocate(known.losses_for(budget) or begin.losses, budget)
+                config = knapsack.allocate(begin.losses, budget)
             except InvalidSpace:
                 cells.append("too small")
                 continue

@@ -10,8 +10,7 @@ asks for are counted, too. A front holds what was measured on all examples, neve
   a part of all of nsga2's; median over seeds, null where it never has. For the others by name.
 
 `milp` begins with single-choice losses that are measured one by one, `auto` with losses estimated
-from a backward pass at the largest sub-network, and one at each of the answers on the way down,
-each counted as three evaluations of these examples.
+from a backward pass, counted as three evaluations of the probes.
 
 The super-network is that of a run directory, or else, for anyone, SmolLM2-135M whose feed-forward
 widths and heads are elastic, sorted by Wanda and not trained.
@@ -48,7 +47,7 @@ from elastune.build_structure import structure_space
 from elastune.calibration_text import calibration_texts
 from elastune.cost import CostModel
 from elastune.data import calibration_rows
-from elastune.descend_losses import Level, descend
+from elastune.estimate_losses import estimate_choice_losses
 from elastune.heads import HEADS
 from elastune.importance.structure import structure_scores
 from elastune.models import load_model
@@ -57,7 +56,6 @@ from elastune.progress import Reporter
 from elastune.reorder import reorder_
 from elastune.run import Run
 from elastune.search import ALGORITHMS, Known, Measurement, Trial, search
-from elastune.search.base import RacingObjective
 from elastune.space import SearchSpace, SubnetConfig
 from elastune.supernet import SuperNetwork
 from elastune.tasks import get_task
@@ -65,7 +63,7 @@ from elastune.tasks import get_task
 COST = "block_macs"
 VALUES = ("loss", COST)
 LOSSES_OF = {"auto": "estimated", "milp": "measured"}
-MODES = ("plain", "cheap")
+MODES = ("cheap", "plain")  # in this order plain searches find measured what cheap ones tried
 
 
 @dataclass
@@ -80,9 +78,16 @@ class Subject:
     costs: Callable[[SubnetConfig], Mapping[str, float]]
     batch_tokens: int = 4096
 
-    def objective(self, mode: str, n: int | None = None) -> RacingObjective:
-        """Return a new objective of a mode, over the first ``n`` examples."""
-        whole = make_objective(
+    def plain(self, n: int | None = None) -> Plain:
+        """Return a plain objective over the first ``n`` examples."""
+        return Plain(self._measuring(n, race=False), self.costs(self.net.space.largest())[COST])
+
+    def cheap(self, n: int | None = None) -> ValidationObjective:
+        """Return an objective as searches have it, over the first ``n`` examples."""
+        return self._measuring(n, race=True)
+
+    def _measuring(self, n: int | None, *, race: bool) -> ValidationObjective:
+        return make_objective(
             self.net,
             self.tokenizer,
             self.task,
@@ -91,11 +96,8 @@ class Subject:
             kind="loss",
             against=COST,
             batch_tokens=self.batch_tokens,
-            race=mode == "cheap",
+            race=race,
         )[0]
-        return (
-            whole if mode == "cheap" else Plain(whole, self.costs(self.net.space.largest())[COST])
-        )
 
 
 class Plain:
@@ -115,10 +117,30 @@ class Plain:
 
     def measure(self, config: SubnetConfig, rivals: Sequence[Trial]) -> Measurement:
         if config not in self._known:
-            found = self._objective.measure(config, ())
-            work = found.values[COST] / self._largest
-            self._known[config] = replace(found, equivalents=work)
+            self.learn(config, self._objective.measure(config, ()))
         return self._known[config]
+
+    def learn(self, config: SubnetConfig, found: Measurement) -> None:
+        """Take what was measured on all examples, in whatever way, as measured plainly."""
+        work = found.values[COST] / self._largest
+        self._known[config] = replace(found, equivalents=work)
+
+
+@dataclass
+class Taught:
+    """A cheap objective; a plain one learns what it measures on all examples."""
+
+    cheap: ValidationObjective
+    plain: Plain
+
+    def __call__(self, config: SubnetConfig) -> Mapping[str, float]:
+        return self.measure(config, ()).values
+
+    def measure(self, config: SubnetConfig, rivals: Sequence[Trial]) -> Measurement:
+        found = self.cheap.measure(config, rivals)
+        if not found.dropped:
+            self.plain.learn(config, found)
+        return found
 
 
 def main() -> None:
@@ -126,10 +148,10 @@ def main() -> None:
     console = Console(width=110)
     subject = of_run(args) if args.run else untrained(args)
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
-    subject.objective("cheap")(subject.net.space.largest())  # warms up
+    subject.cheap()(subject.net.space.largest())  # warms up
     kept = _Kept(args.out, _conditions(args))
     losses: dict[tuple[str, str], Beginning] = {}
-    plain = subject.objective("plain")
+    plain = subject.plain()
     for seed in args.seeds:
         for search_name in args.searches:
             key = f"{search_name}/{seed}"
@@ -141,7 +163,7 @@ def main() -> None:
             if source and (source, mode) not in losses:
                 make = estimated if source == "estimated" else measured
                 losses[source, mode] = make(subject, mode)
-            objective = plain if mode == "plain" else subject.objective(mode)
+            objective = plain if mode == "plain" else Taught(subject.cheap(), plain)
             begin = losses.get((source, mode))
             with console.status(key) as status:
                 told = partial(_tell, status, key)
@@ -218,29 +240,26 @@ class Beginning(NamedTuple):
 
     losses: Losses
     work: float
-    deeper: tuple[Level, ...] = ()
 
 
-def estimated(subject: Subject, mode: str, n_levels: int = 8) -> Beginning:
-    """Estimate single-choice losses at ever smaller sub-networks."""
+def estimated(subject: Subject, mode: str, *, everywhere: bool = True) -> Beginning:
+    """Estimate single-choice losses, each example in another sub-network or all in the largest."""
     head = HEADS[subject.task.head]
     length = getattr(subject.task, "max_length", 1024)
     items = head.encode(subject.examples[: subject.probes], subject.tokenizer, length)
-    levels = descend(
+    losses = estimate_choice_losses(
         subject.net,
-        [head.collate(items)],
+        [head.collate([item]) for item in items],
         head,
-        lambda config: float(subject.costs(config)[COST]),
-        n_levels=n_levels,
+        cost_of=(lambda config: float(subject.costs(config)[COST])) if everywhere else None,
     )
     # A backward pass costs two forward passes.
-    passes = 3 * sum(level.cost for level in levels) / levels[0].cost
-    return Beginning(levels[0].losses, passes * len(items) / len(subject.examples), tuple(levels))
+    return Beginning(losses, 3 * len(items) / len(subject.examples))
 
 
 def measured(subject: Subject, mode: str) -> Beginning:
     """Measure single-choice losses one by one."""
-    objective = subject.objective(mode, subject.probes)
+    objective = subject.plain(subject.probes) if mode == "plain" else subject.cheap(subject.probes)
     largest = subject.net.space.largest()
     parts = SearchSpace([dim for dim in subject.net.space.dims if dim.kind != "rank"])
     work = 0.0
@@ -273,12 +292,7 @@ def _search(
         algorithm=algorithm,
         trials=trials,
         seed=seed,
-        known=Known(
-            VALUES,
-            subject.costs,
-            begin.losses if begin else None,
-            deeper=begin.deeper if begin else (),
-        ),
+        known=Known(VALUES, subject.costs, begin.losses if begin else None),
         progress=told,
     )
     rows = [[t.values["loss"], t.values[COST], t.equivalents, t.dropped] for t in found.trials]

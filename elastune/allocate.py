@@ -9,6 +9,7 @@ A block that is left out neither costs nor loses anything by the choices of its 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -169,6 +170,12 @@ def uniform_config(
         f"no equal cut costs {budget:.6g} or less: the smallest costs {cost:.6g}",
         try_="a larger budget, smaller choices, or cuts of more kinds",
     )
+
+
+def spread_parts() -> Iterator[float]:
+    """Yield 0, 1/2, 1/4, 3/4, 1/8, ...: any first few are spread evenly (van der Corput, 1935)."""
+    for number in itertools.count():
+        yield int(f"{number:b}"[::-1], 2) / 2 ** max(number.bit_length(), 1)
 
 
 class Knapsack:

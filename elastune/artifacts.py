@@ -85,7 +85,7 @@ class RunDirectory:
         self._sealed = SealedFiles(root)
 
     def estimated_losses(self, cost: str) -> Path:
-        """Return where the estimated single-choice losses on the way down a cost are kept."""
+        """Return where single-choice losses are kept, estimated in sub-networks of all costs."""
         return self.search / f"estimated_losses.{cost}.json"
 
     def teacher(self, key: str) -> Path:

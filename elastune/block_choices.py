@@ -61,6 +61,15 @@ class EffectiveChoices:
         )
         return Effective(tuple(config[name] for name in self._outside), blocks)
 
+    def idle(self, config: SubnetConfig) -> set[str]:
+        """Return the dims without effect: other choices leave out every part that they concern."""
+        names, at_work = {name for dims in self._blocks for name, _ in dims}, {*self._outside}
+        for dims in self._blocks:
+            for name, switches in dims:
+                if all(config[switch] != 0 for switch in switches if switch != name):
+                    at_work.add(name)
+        return names - at_work
+
 
 def blocks_of(dim: ElasticDim, found: Sequence[Block]) -> list[Block]:
     """Return the blocks that hold a dim's modules."""

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from elastune.allocate import CostOf, allocate, single_choice_losses, uniform_config
 from elastune.cost import CostModel, model_cost
-from elastune.descend_losses import Level, descend
 from elastune.errors import BadRecipe
+from elastune.estimate_losses import estimate_choice_losses
 from elastune.files import read_json, write_json
 from elastune.heads import HEADS
 from elastune.likelihood import batches_by_length
@@ -22,6 +22,8 @@ from elastune.supernet import SuperNetwork
 
 _BATCH_TOKENS = 2048
 """Of a batch whose gradients are taken: activations of a training step are alive."""
+_SUBNETS = 16
+"""In which losses are estimated: so many batches, where there are as many examples."""
 
 
 def allocate_budgets(run: Run) -> None:
@@ -123,37 +125,37 @@ def single_choices(
 
 
 def estimated_choices(
-    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf, n_levels: int
-) -> list[Level]:
-    """Estimate what choices cost, in nats per target: alone, and below ever smaller sub-networks.
+    run: Run, net: SuperNetwork, probes: int, cost: str, cost_of: CostOf
+) -> dict[str, dict[int, float]]:
+    """Estimate what single choices cost, in nats per target, in sub-networks of all sizes.
 
     Args:
         run: whose validation examples are read.
         net: the super-network.
         probes: so many of the examples.
         cost: name of what ``cost_of`` counts.
-        cost_of: says which sub-networks are smaller.
-        n_levels: so many sizes at most.
+        cost_of: says how large a sub-network is.
     """
     path = run.dir.estimated_losses(cost)
-    inputs = run.inputs("single choices", "estimated", probes, cost, n_levels)
+    inputs = run.inputs("single choices", "estimated", probes, cost)
     if not run.dir.is_done(f"estimated losses, {cost}", inputs):
         task = run.task(run.recipe.task)
         head = HEADS[task.head]
         length = getattr(task, "max_length", MAX_TOKENS)
         items = head.encode(run.splits.validation[:probes], run.tokenizer, length)
-        sizes = batches_by_length([head.length(item) for item in items], _BATCH_TOKENS)
-        batches = [head.collate([items[i] for i in batch]) for batch in sizes]
+        lengths = [head.length(item) for item in items]
+        tokens = min(_BATCH_TOKENS, max(sum(lengths) // _SUBNETS, 1))
+        batches = [head.collate([items[i] for i in b]) for b in batches_by_length(lengths, tokens)]
         with (
             run.dir.stage(f"estimated losses, {cost}", inputs, path),
-            run.reporter.bar("estimate losses", "sizes") as bar,
+            run.reporter.bar("estimate losses", "batches") as bar,
         ):
-            levels = descend(net, batches, head, cost_of, n_levels=n_levels, progress=bar)
-            write_json(path, {"schema": 1, "cost": cost, "levels": [x._asdict() for x in levels]})
-    return [
-        Level(row["cost"], {n: {int(c): of[c] for c in of} for n, of in row["losses"].items()})
-        for row in read_json(path)["levels"]
-    ]
+            found = estimate_choice_losses(
+                net, batches, head, cost_of=cost_of, progress=lambda n: bar(n, len(batches))
+            )
+            write_json(path, {"schema": 2, "cost": cost, "losses": found})
+    losses = read_json(path)["losses"]
+    return {name: {int(choice): of[choice] for choice in of} for name, of in losses.items()}
 
 
 def cost_model(run: Run, net: SuperNetwork) -> CostModel:

@@ -28,7 +28,6 @@ from elastune.search.limits import (
     resolve,
     violation,
 )
-from elastune.search.milp import EVENLY
 from elastune.search.stored import check_storage, stored_trials
 from elastune.search_costs import full_costs, search_costs
 from elastune.search_limits import COSTS, QUALITIES, check_limits, quality_of
@@ -83,7 +82,6 @@ class SearchWork:
             values=self.values,
             costs=self.costs,
             losses=self._losses,
-            deeper=self._deeper,
             budgets=tuple(part * full[self.cfg.cost] for part in parts),
             limits=self.bounds,
             population=self.cfg.population,
@@ -255,25 +253,14 @@ class SearchWork:
     def _losses(self) -> Losses | None:
         recipe, source = self.run.recipe, self.cfg.losses_from
         if source == "estimated":
-            return self._deeper[0][1]
+            cost = self.cfg.cost
+            return estimated_choices(
+                self.run, self.net, self._probes, cost, lambda c: float(self.costs(c)[cost])
+            )
         if source == "nothing" or not recipe.cuts_base:
             return None
         parts = SearchSpace([dim for dim in self.net.space.dims if dim.kind != "rank"])
         return single_choices(self.run, self.net, parts, self._probes)
-
-    @cached_property
-    def _deeper(self) -> tuple[tuple[float, Losses], ...]:
-        """Estimated losses, for smaller and smaller budgets; none where losses are measured."""
-        if self.cfg.losses_from != "estimated":
-            return ()
-        cost = self.cfg.cost
-
-        def cost_of(config: SubnetConfig) -> float:
-            return float(self.costs(config)[cost])
-
-        n_levels = EVENLY if self.cfg.trials > _NAMED else 1
-        levels = estimated_choices(self.run, self.net, self._probes, cost, cost_of, n_levels)
-        return tuple(levels)
 
     @property
     def _probes(self) -> int:

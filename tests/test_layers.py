@@ -48,8 +48,8 @@ LAYERS: list[set[str]] = [
     {"subnetwork", "latency", "importance", "predict", "harness_model", "harness_results"}
     | {"prefix_reuse"},
     {"export", "latency_table", "sparsify", "evaluate", "harness", "vocabulary", "outcomes"}
-    | {"estimate_losses"},
-    {"quantise", "stream", "merge_report", "descend_losses"},
+    | {"choice_slopes"},
+    {"quantise", "stream", "merge_report", "estimate_losses"},
     {"objective", "block_costs", "teacher", "build_sparsity", "adapters", "push"} | {"doctor"},
     {"threshold", "train_step", "trainer_arguments"},
     {"generate_space", "train", "rank_in_rounds"},

@@ -148,8 +148,12 @@ def test_wanted_budgets_come_first_then_even_ones_then_the_widest_gap() -> None:
     wanted = [allocate(toy.space, toy.losses, params, budget) for budget in budgets]
     assert [t.config for t in trials[3:5]] == wanted
     dearest = params(toy.space.largest())
-    evenly = np.linspace(params(toy.space.smallest()), dearest, milp.EVENLY + 2)[1:-1]
-    answers = [allocate(toy.space, toy.losses, params, budget) for budget in evenly]
+    smallest = params(toy.space.smallest())
+    parts = (1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8)  # any first few are spread evenly
+    answers = [
+        allocate(toy.space, toy.losses, params, smallest + part * (dearest - smallest))
+        for part in parts
+    ]
     new = [config for config in dict.fromkeys(answers) if config not in wanted]
     assert len(new) >= milp.EVENLY - 2
     assert [t.config for t in trials[5 : 5 + len(new)]] == new

@@ -50,8 +50,7 @@ def propose(
     if known.losses is not None and usable:
         answers = milp.answers_of(space, trials, known)
         for budget in milp.seed_budgets(answers, space, known):
-            losses = known.losses_for(budget) or known.losses
-            config = answers.at(losses, budget)
+            config = answers.at(known.losses, budget)
             if config is not None and config not in tried:
                 return config
     elif len(usable) < _WARM:

@@ -93,14 +93,13 @@ class Known:
     Attributes:
         values: names of the objectives, quality first.
         costs: counts what a configuration costs without evaluating it; holds the cost objectives.
-        losses: single-choice losses (`elastune.allocate.single_choice_losses`).
+        losses: single-choice losses (`elastune.allocate.single_choice_losses`, or
+            `elastune.estimate_choice_losses`).
         budgets: bounds on the second value that sub-networks are wanted for.
         limits: name of a value -> the least and the most that it may be.
         population: trials of a generation, for evolutionary algorithms.
         reference_points: aspired values, one tuple each, on the scale of the front found so far
             (0 is the best of a value, 1 the worst), for rnsga2.
-        deeper: (second value, losses that hold below it), from the largest down
-            (`elastune.descend_losses`).
     """
 
     values: tuple[str, ...]
@@ -110,12 +109,6 @@ class Known:
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     population: int = 40
     reference_points: tuple[tuple[float, ...], ...] = ()
-    deeper: tuple[tuple[float, Losses], ...] = ()
-
-    def losses_for(self, budget: float) -> Losses | None:
-        """Return the losses to solve a budget with: those estimated nearest above it."""
-        above = [losses for cost, losses in self.deeper if cost >= budget]
-        return above[-1] if above else self.losses
 
 
 Propose = Callable[[SearchSpace, Sequence[Trial], np.random.Generator, Known], SubnetConfig | None]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from elastune.allocate import CostOf, Knapsack
+from elastune.allocate import CostOf, Knapsack, spread_parts
 from elastune.errors import InvalidSpace
 from elastune.search import hill_climb
 from elastune.search.base import Known, Losses, Trial, first_untried
@@ -22,7 +22,7 @@ from elastune.search.history import History
 from elastune.search.surrogate import Additive
 from elastune.space import SearchSpace, SubnetConfig
 
-EVENLY = 8
+EVENLY = 7
 """Budgets between the cheapest and the largest that are solved for after those that are wanted."""
 _SOLVES = 8  # budgets tried for one proposal
 _LEAST_GAP = 1e-3  # of the costs there are, below which a gap is not looked into
@@ -51,7 +51,7 @@ def propose(
         return hill_climb.propose(space, history, rng, known)
     answers = answers_of(space, trials, known)
     budgets = _budgets(answers, losses, trials, known)
-    found = (answers.at(known.losses_for(budget) or losses, budget) for budget in budgets)
+    found = (answers.at(losses, budget) for budget in budgets)
     config = next((c for c in found if c is not None and c not in tried), None)
     return config or hill_climb.propose(space, history, rng, known)
 
@@ -148,8 +148,9 @@ def seed_budgets(answers: Answers, space: SearchSpace, known: Known) -> list[flo
     if len(known.values) == 1:
         return [min(high, dearest)]
     top = min(high, dearest)
-    evenly = np.linspace(cheapest, top, EVENLY + 2)[1:-1]
-    wanted = [*known.budgets, *([high] if high < dearest else []), *map(float, evenly)]
+    parts = itertools.islice(spread_parts(), 1, EVENLY + 1)
+    evenly = [cheapest + part * (top - cheapest) for part in parts]
+    wanted = [*known.budgets, *([high] if high < dearest else []), *evenly]
     return [budget for budget in wanted if low <= budget <= high]
 
 
@@ -184,7 +185,7 @@ def _budgets(
         middle = (a + b) / 2
         yield middle
         # Asked again, so the answer was tried: nothing better lies between its cost and the middle.
-        answer = answers.at(known.losses_for(middle) or losses, middle)
+        answer = answers.at(losses, middle)
         reached = a if answer is None else max(a, min(middle, answers.knapsack.cost_of(answer)))
         for start, end in ((a, reached), (middle, b)):
             if end > start:
