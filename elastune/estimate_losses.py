@@ -76,6 +76,8 @@ class _Mean:
 
     def add(self, changes: Mapping[str, Tensor], n_targets: int) -> None:
         for name, change in changes.items():
+            if name in self._sums and not change.isfinite().all():
+                continue  # a small sub-network that is broken says nothing of the others
             self._sums[name] = self._sums.get(name, 0.0) + change - change[0]
             self._targets[name] = self._targets.get(name, 0) + n_targets
 

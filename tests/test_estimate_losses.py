@@ -10,6 +10,7 @@ import torch
 from test_choice_slopes import CAUSAL, changes_of, elastic
 from tiny_models import encoded
 
+from elastune import estimate_losses
 from elastune.allocate import Knapsack
 from elastune.cost import CostModel
 from elastune.errors import BadData
@@ -67,6 +68,24 @@ def mean_of(seen: list[tuple[int, np.ndarray]], choices: tuple[int, ...]) -> dic
     targets = sum(n for n, _ in seen)
     sums = sum(n * losses for n, losses in seen)
     return dict(zip(choices, (sums / targets).tolist(), strict=True))
+
+
+def test_sub_networks_whose_loss_is_not_finite_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = elastic("llama")
+    batches = [CAUSAL.collate(encoded(9)), CAUSAL.collate(encoded(14))]
+    expected = estimate_choice_losses(net, batches[:1], CAUSAL)
+    whole = estimate_losses.choice_changes
+
+    def broken(*args: Any) -> Any:
+        changes, n_targets = whole(*args)
+        if args[-1] != net.space.largest():
+            changes = {name: change * float("nan") for name, change in changes.items()}
+        return changes, n_targets
+
+    monkeypatch.setattr(estimate_losses, "choice_changes", broken)
+    assert estimate_choice_losses(net, batches, CAUSAL, cost_of=cost_of(net)) == expected
 
 
 def test_a_budget_below_what_any_sub_network_costs_is_passed_over() -> None:

@@ -39,9 +39,9 @@ class SearchConfig(Section):
     MACs those without embedding and head; latencies come from a table measured once here."""
     losses: Literal["estimated", "measured"] | None = None
     """Where the single-choice losses that auto and milp begin with come from: all from a backward
-    pass over ``structure.probes`` validation examples, for each of up to eight sizes, or each from
-    forward passes of its own. By default auto's are estimated and milp's, which has nothing else to
-    go by, measured."""
+    pass over ``structure.probes`` validation examples, in up to 16 sub-networks of all sizes, or
+    each from forward passes of its own. By default auto's are estimated and milp's, which has
+    nothing else to go by, measured."""
     limits: Annotated[list[str], BeforeValidator(listed)] = []
     """What the best sub-network must keep, such as ["latency<=60%", "score>=dense-1.0"]."""
     population: int = Field(40, ge=2)
