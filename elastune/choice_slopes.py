@@ -151,10 +151,10 @@ def _at_output(
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
         cut = y if choice == dim.choices[0] else does.cut(x, y)
+        seen = watch.tokens(x), watch.tokens(y)  # x and y would keep the graph alive
 
         def add(gradient: Tensor) -> None:
-            seen = watch.tokens(x), watch.tokens(y), watch.tokens(gradient)
-            watch.add(dim, choice, does.slopes(*seen))
+            watch.add(dim, choice, does.slopes(*seen, watch.tokens(gradient)))
 
         cut.register_hook(add)
         return (cut, *output[1:]) if isinstance(output, tuple) else cut
@@ -175,10 +175,10 @@ def _at_units(block: Block, dim: ElasticDim, choice: int, watch: _Watch) -> Any:
         places = table.to(x.device)
         there = x.new_ones(x.shape[-1])
         there[places[choice // per_unit :].flatten()] = 0
-        cut = x * there
+        cut, seen = x * there, watch.tokens(x)
 
         def add(gradient: Tensor) -> None:
-            by_unit = (watch.tokens(x) * watch.tokens(gradient))[..., places].sum(dim=-1)
+            by_unit = (seen * watch.tokens(gradient))[..., places].sum(dim=-1)
             watch.add(dim, choice, -_sums_from(by_unit, kept))
 
         cut.register_hook(add)

@@ -34,8 +34,6 @@ from elastune.search_limits import COSTS, QUALITIES, check_limits, quality_of
 from elastune.search_workers import other_workers
 from elastune.space import SearchSpace, SubnetConfig
 
-_NAMED = 3
-"""Trials that every search begins with, losses or not: heuristic, largest and smallest."""
 _PROBES = 16  # examples of single choices where no section structure says how many
 _DRAWS = 2000
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import ExitStack
 from typing import Any
 
@@ -144,6 +146,22 @@ def test_changes_are_slopes_towards_each_choice_and_half_their_squares(name: str
     assert up >= 20
     assert down >= 20
     assert {dim.kind for dim in net.space.dims} == set(ESTIMATED_KINDS)
+
+
+def test_a_batch_leaves_nothing_of_its_graph_behind() -> None:
+    net = elastic("llama")
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    for block in net.blocks:
+        block.module.register_forward_hook(
+            lambda module, args, output: outputs.append(weakref.ref(output))
+        )
+    gc.disable()
+    try:
+        changes_of(net, net.space.largest(), encoded(9, 14))
+        assert outputs
+        assert [ref for ref in outputs if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 def is_gone(net: SuperNetwork, dim: ElasticDim, at: SubnetConfig) -> bool:
