@@ -9,14 +9,15 @@ asks for are counted, too. A front holds what was measured on all examples, neve
 - cost_to_match_nsga2: work until `auto` (cheap) has the hypervolume that plain nsga2 ends with, as
   a part of all of nsga2's; median over seeds, null where it never has. For the others by name.
 
-`milp` begins with single-choice losses that are measured one by one, `auto` with losses estimated
-from a backward pass, counted as three evaluations of the probes.
+`milp` and `auto` begin with single-choice losses estimated from a backward pass, counted as three
+evaluations of the probes, or with --losses measured one by one.
 
 The super-network is that of a run directory, or else, for anyone, SmolLM2-135M whose feed-forward
 widths and heads are elastic, sorted by Wanda and not trained.
 
     python benchmarks/search_front.py [RUN] [--quick] [--trials 200] [--examples 256] [--probes 16]
-        [--seeds 0 1 2] [--searches nsga2/plain auto/cheap] [--shortest] [--out FOLDER]
+        [--losses measured] [--seeds 0 1 2] [--searches nsga2/plain auto/cheap] [--shortest]
+        [--out FOLDER]
 
 With --out each finished search is kept there, a killed benchmark goes on, and front.svg is drawn.
 """
@@ -62,7 +63,7 @@ from elastune.tasks import get_task
 
 COST = "block_macs"
 VALUES = ("loss", COST)
-LOSSES_OF = {"auto": "estimated", "milp": "measured"}
+WITH_LOSSES = ("auto", "milp")
 MODES = ("cheap", "plain")  # in this order plain searches find measured what cheap ones tried
 
 
@@ -150,7 +151,8 @@ def main() -> None:
     console.print(f"{subject.net.space}, {len(subject.examples)} examples")
     subject.cheap()(subject.net.space.largest())  # warms up
     kept = _Kept(args.out, _conditions(args))
-    losses: dict[tuple[str, str], Beginning] = {}
+    losses: dict[str, Beginning] = {}
+    make = estimated if args.losses == "estimated" else measured
     plain = subject.plain()
     for seed in args.seeds:
         for search_name in args.searches:
@@ -159,12 +161,10 @@ def main() -> None:
                 continue
             algorithm, mode = search_name.split("/")
             started = time.perf_counter()
-            source = LOSSES_OF.get(algorithm, "")
-            if source and (source, mode) not in losses:
-                make = estimated if source == "estimated" else measured
-                losses[source, mode] = make(subject, mode)
+            if algorithm in WITH_LOSSES and mode not in losses:
+                losses[mode] = make(subject, mode)
             objective = plain if mode == "plain" else Taught(subject.cheap(), plain)
-            begin = losses.get((source, mode))
+            begin = losses[mode] if algorithm in WITH_LOSSES else None
             with console.status(key) as status:
                 told = partial(_tell, status, key)
                 row = _search(subject, objective, algorithm, seed, begin, args.trials, told)
@@ -190,6 +190,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--probes", type=int, default=16, help="examples of single-choice losses")
+    parser.add_argument("--losses", choices=("estimated", "measured"), default="estimated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     known = [f"{name}/{mode}" for name in ("random", "nsga2", "milp", "auto") for mode in MODES]
     every = [f"{name}/{mode}" for name in sorted(ALGORITHMS) for mode in MODES]
@@ -329,7 +330,7 @@ class _Kept:
 def _conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return what searches must share to be compared."""
     subject = "smollm2-135m" if args.run is None else str(args.run.resolve())
-    names = ("trials", "examples", "probes", "shortest")
+    names = ("trials", "examples", "probes", "losses", "shortest")
     return {"run": subject} | {name: getattr(args, name) for name in names}
 
 

@@ -37,11 +37,10 @@ class SearchConfig(Section):
     cost: Cost = "params"
     """What is minimised beside it; MACs are of a pass over ``evaluate.macs_length`` tokens, block
     MACs those without embedding and head; latencies come from a table measured once here."""
-    losses: Literal["estimated", "measured"] | None = None
+    losses: Literal["estimated", "measured"] = "estimated"
     """Where the single-choice losses that auto and milp begin with come from: all from a backward
     pass over ``structure.probes`` validation examples, in up to 16 sub-networks of all sizes, or
-    each from forward passes of its own. By default auto's are estimated and milp's, which has
-    nothing else to go by, measured."""
+    each from forward passes of its own beside the largest."""
     limits: Annotated[list[str], BeforeValidator(listed)] = []
     """What the best sub-network must keep, such as ["latency<=60%", "score>=dense-1.0"]."""
     population: int = Field(40, ge=2)
@@ -68,9 +67,7 @@ class SearchConfig(Section):
     @property
     def losses_from(self) -> Literal["estimated", "measured", "nothing"]:
         """Where single-choice losses come from."""
-        if self.algorithm not in ("auto", "milp"):
-            return "nothing"
-        return self.losses or ("estimated" if self.algorithm == "auto" else "measured")
+        return self.losses if self.algorithm in ("auto", "milp") else "nothing"
 
     @model_validator(mode="after")
     def _points_have_two_values(self) -> SearchConfig:
