@@ -202,7 +202,7 @@ def _arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if args.quick:
-        args.trials, args.examples, args.seeds, args.probes = 12, 8, [0], 1
+        args.trials, args.examples, args.seeds, args.probes = 12, 8, [0], 4
         args.searches = ["nsga2/plain", "auto/cheap"]
     return args
 

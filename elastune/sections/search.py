@@ -37,10 +37,10 @@ class SearchConfig(Section):
     cost: Cost = "params"
     """What is minimised beside it; MACs are of a pass over ``evaluate.macs_length`` tokens, block
     MACs those without embedding and head; latencies come from a table measured once here."""
-    losses: Literal["estimated", "measured"] = "estimated"
+    losses: Literal["estimated", "measured"] | None = None
     """Where the single-choice losses that auto and milp begin with come from: all from a backward
-    pass over ``structure.probes`` validation examples, in up to 16 sub-networks of all sizes, or
-    each from forward passes of its own beside the largest."""
+    pass over ``structure.probes`` validation examples, in up to 16 sub-networks of all sizes (the
+    default), or each from forward passes of its own beside the largest."""
     limits: Annotated[list[str], BeforeValidator(listed)] = []
     """What the best sub-network must keep, such as ["latency<=60%", "score>=dense-1.0"]."""
     population: int = Field(40, ge=2)
@@ -67,7 +67,8 @@ class SearchConfig(Section):
     @property
     def losses_from(self) -> Literal["estimated", "measured", "nothing"]:
         """Where single-choice losses come from."""
-        return self.losses if self.algorithm in ("auto", "milp") else "nothing"
+        has_losses = self.algorithm in ("auto", "milp")
+        return (self.losses or "estimated") if has_losses else "nothing"
 
     @model_validator(mode="after")
     def _points_have_two_values(self) -> SearchConfig:
