@@ -92,7 +92,7 @@ class _Mean:
 
 
 class _Answers:
-    """Sub-networks: the largest, then answers to budgets between its cost and the smallest's."""
+    """Sub-networks: the largest, then answers to budgets between its cost and the least."""
 
     def __init__(self, space: SearchSpace, cost_of: CostOf | None) -> None:
         self._space = space
@@ -106,7 +106,12 @@ class _Answers:
         if self._knapsack is None or not losses:
             return self._at
         dearest = self._knapsack.base_cost
-        least = self._knapsack.cost_of(self._space.smallest())
+        least = self._knapsack.cost_of(self._smallest(losses))
         with suppress(InvalidSpace):  # some block must stay, so that nothing is as cheap
             self._at = self._knapsack.allocate(losses, dearest + part * (least - dearest))
         return self._at
+
+    def _smallest(self, losses: Mapping[str, Mapping[int, float]]) -> SubnetConfig:
+        """Return the smallest sub-network in reach: dims without losses stay at their largest."""
+        cut = {dim.name: dim.choices[-1] for dim in self._space.dims if dim.name in losses}
+        return SubnetConfig({**self._space.largest(), **cut})

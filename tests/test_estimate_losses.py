@@ -10,7 +10,7 @@ import torch
 from test_choice_slopes import CAUSAL, changes_of, elastic
 from tiny_models import encoded
 
-from elastune import estimate_losses
+from elastune import choice_slopes, estimate_losses
 from elastune.allocate import Knapsack
 from elastune.cost import CostModel
 from elastune.errors import BadData
@@ -86,6 +86,25 @@ def test_sub_networks_whose_loss_is_not_finite_are_passed_over(
 
     monkeypatch.setattr(estimate_losses, "choice_changes", broken)
     assert estimate_choice_losses(net, batches, CAUSAL, cost_of=cost_of(net)) == expected
+
+
+def test_budgets_are_parts_of_what_dims_with_losses_can_save(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = elastic("llama")
+    monkeypatch.setattr(choice_slopes, "ESTIMATED_KINDS", ("rank",))  # a small part of the cost
+    visited = []
+    whole = estimate_losses.choice_changes
+
+    def seen(*args: Any) -> Any:
+        visited.append(args[-1])
+        return whole(*args)
+
+    monkeypatch.setattr(estimate_losses, "choice_changes", seen)
+    batches = [CAUSAL.collate(encoded(n)) for n in (9, 14, 11, 7)]
+    found = estimate_choice_losses(net, batches, CAUSAL, cost_of=cost_of(net))
+    assert set(found) == {dim.name for dim in net.space.dims if dim.kind == "rank"}
+    assert len(set(visited)) >= 3
 
 
 def test_a_budget_below_what_any_sub_network_costs_is_passed_over() -> None:

@@ -39,7 +39,7 @@ class SearchConfig(Section):
     MACs those without embedding and head; latencies come from a table measured once here."""
     losses: Literal["estimated", "measured"] | None = None
     """Where the single-choice losses that auto and milp begin with come from: all from a backward
-    pass over ``structure.probes`` validation examples, in up to 16 sub-networks of all sizes (the
+    pass over ``structure.probes`` validation examples, in about 16 sub-networks of all sizes (the
     default), or each from forward passes of its own beside the largest."""
     limits: Annotated[list[str], BeforeValidator(listed)] = []
     """What the best sub-network must keep, such as ["latency<=60%", "score>=dense-1.0"]."""
